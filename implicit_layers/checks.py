@@ -1,0 +1,105 @@
+"""Checks at the door: types, dtypes, devices, shapes, values. Below the door the code trusts its input.
+
+Everything that makes the host wait for the device goes through `host_bool`, so that it can be counted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from implicit_layers.errors import DeviceError, DtypeError, NonFiniteError, ShapeError
+
+
+def host_bool(flag: Tensor) -> bool:
+    """Read one boolean back from the device: the only host synchronisation in the package's loops."""
+    return bool(flag)
+
+
+def index_of(mask: Tensor) -> str:
+    """The first index at which `mask` is true, as a person would write it; for messages only."""
+    if mask.ndim == 0:
+        return ""
+    first = tuple(mask.nonzero()[0].tolist())
+    return f"[{', '.join(map(str, first))}]"
+
+
+def floating_tensors(**tensors: object) -> tuple[torch.dtype, torch.device]:
+    """Each argument is a floating-point tensor, all of one dtype on one device, which are returned.
+
+    Raises:
+        DtypeError: an argument is no tensor, an integer, boolean or complex tensor, or of another dtype than the first.
+        DeviceError: an argument lives on another device than the first.
+    """
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    first = ""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise DtypeError(
+                f"{name} must be a real floating-point tensor, got {tensor.dtype}; convert it, e.g. {name}.double()"
+            )
+        if dtype is None or device is None:
+            dtype, device, first = tensor.dtype, tensor.device, name
+        if tensor.dtype != dtype:
+            raise DtypeError(f"{name} is {tensor.dtype} but {first} is {dtype}; give all arguments one dtype")
+        if tensor.device != device:
+            raise DeviceError(
+                f"{name} is on {tensor.device} but {first} is on {device}; move it, e.g. {name}.to({first}.device)"
+            )
+    if dtype is None or device is None:
+        raise DtypeError("at least one tensor is needed")
+    return dtype, device
+
+
+def finite(**tensors: Tensor) -> None:
+    """No argument holds NaN or infinity; one host synchronisation for all of them together.
+
+    Raises:
+        NonFiniteError: names the argument and the first offending index.
+    """
+    flags = [torch.isfinite(tensor).all() for tensor in tensors.values()]
+    if not flags or host_bool(torch.stack(flags).all()):
+        return
+    for name, tensor in tensors.items():
+        bad = ~torch.isfinite(tensor)
+        if bool(bad.any()):
+            value = float(tensor[bad][0])
+            raise NonFiniteError(
+                f"{name}{index_of(bad)} is {value}: {int(bad.sum())} of {bad.numel()} entries of {name} are not finite"
+            )
+
+
+def batch_shape(**arguments: tuple[Tensor, int]) -> torch.Size:
+    """The common leading batch shape of the arguments, each given with its number of trailing dimensions.
+
+    Raises:
+        ShapeError: an argument has too few dimensions, or its batch dimensions do not broadcast with the others.
+    """
+    common = torch.Size()
+    for name, (tensor, event_ndim) in arguments.items():
+        if tensor.ndim < event_ndim:
+            raise ShapeError(f"{name} must have at least {event_ndim} dimensions, got shape {tuple(tensor.shape)}")
+        batch = tensor.shape[: tensor.ndim - event_ndim]
+        try:
+            common = torch.broadcast_shapes(common, batch)
+        except RuntimeError:
+            raise ShapeError(
+                f"the batch dimensions {tuple(batch)} of {name} (shape {tuple(tensor.shape)}) do not broadcast with "
+                f"{tuple(common)}, those of the arguments before it"
+            ) from None
+    return common
+
+
+def trailing_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:
+    """The trailing dimensions of `tensor` are as expected.
+
+    Raises:
+        ShapeError: names the argument, what was expected and why.
+    """
+    got = tuple(tensor.shape[max(tensor.ndim - len(expected), 0) :])
+    if got != expected:
+        wanted = ", ".join(map(str, expected))
+        raise ShapeError(f"{name} must have shape (*B, {wanted}) {why}, got {tuple(tensor.shape)}")

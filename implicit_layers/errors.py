@@ -1,0 +1,65 @@
+"""Every exception and warning of the package; each message says what, where, by how much and what to do."""
+
+
+class ImplicitLayersError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ShapeError(ImplicitLayersError, ValueError):
+    """An argument's shape does not fit the others."""
+
+
+class DtypeError(ImplicitLayersError, TypeError):
+    """An argument is no tensor, no floating-point tensor, or of another dtype than the others."""
+
+
+class DeviceError(ImplicitLayersError, ValueError):
+    """The arguments live on different devices."""
+
+
+class NonFiniteError(ImplicitLayersError, ValueError):
+    """An argument holds NaN or infinity where a number is needed."""
+
+
+class NotPositiveDefiniteError(ImplicitLayersError, ValueError):
+    """A matrix that must be positive definite is not."""
+
+
+class CapturedTensorError(ImplicitLayersError, ValueError):
+    """A residual closes over a tensor that requires grad, which would get no gradient."""
+
+
+class MissingDependencyError(ImplicitLayersError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class SolveError(ImplicitLayersError, RuntimeError):
+    """A solve did not end in a solution."""
+
+
+class ConvergenceError(SolveError):
+    """The tolerance was not reached."""
+
+
+class InfeasibleError(SolveError):
+    """No point satisfies the constraints; the solver holds a certificate of it."""
+
+
+class UnboundedError(SolveError):
+    """The objective decreases without limit on the feasible set."""
+
+
+class SingularAdjointError(SolveError):
+    """The transposed Jacobian could not be solved: the derivative does not exist or is not unique."""
+
+
+class ImplicitLayersWarning(UserWarning):
+    """Base of every warning of this package."""
+
+
+class ConvergenceWarning(ImplicitLayersWarning):
+    """Some problems of a batch did not converge; they keep their last iterate and get zero gradient."""
+
+
+class DegenerateGradientWarning(ImplicitLayersWarning):
+    """The solution is right, but its derivative is not unique; a defined element of it is used."""

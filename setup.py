@@ -1,0 +1,49 @@
+"""Package metadata; the version is read from the package, without importing it."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "implicit_layers/__init__.py").read_text(), re.M).group(1)
+
+CVXPY = ["cvxpy>=1.5"]
+EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.7", "tqdm>=4.60"]
+NOTEBOOKS = [*EXAMPLES, "nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20"]
+BENCH = [*EXAMPLES, *CVXPY, "scipy>=1.10"]
+TEST = [
+    *NOTEBOOKS,
+    *BENCH,
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "mypy>=1.14",
+    "import-linter>=2.1",
+]
+
+setup(
+    name="implicit_layers",
+    version=VERSION,
+    description="PyTorch layers defined by a condition, differentiated by the implicit function theorem",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["implicit_layers", "implicit_layers.*"]),
+    package_data={"implicit_layers": ["py.typed"]},
+    install_requires=["torch>=2.6", "numpy>=1.24"],
+    extras_require={
+        "cvxpy": CVXPY,
+        "examples": EXAMPLES,
+        "bench": BENCH,
+        "notebooks": NOTEBOOKS,
+        "test": TEST,
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

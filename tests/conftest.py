@@ -79,11 +79,13 @@ def _is_mask(entry: object) -> bool:
 
 
 def _calling_line() -> str | None:
-    """The innermost line of the call stack that is neither PyTorch's nor this file's; None while a module is imported."""
+    """The innermost line of the stack that is neither PyTorch's nor this file's; None while a module is imported."""
     torch_folder = str(Path(torch.__file__).parent)
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(torch_folder) and frame.filename != __file__:
-            if "importlib" in frame.filename:  # PyTorch imports some of its own modules late, once a process
+            if frame.filename.startswith(
+                "<frozen importlib"
+            ):  # PyTorch imports some of its own modules late, once a process
                 return None
             return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
     return "unknown line"

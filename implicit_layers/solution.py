@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from enum import IntEnum
 from typing import Literal, NamedTuple, get_args
 
@@ -16,6 +15,7 @@ from implicit_layers.errors import (
     SingularAdjointError,
     SolveError,
     UnboundedError,
+    warn,
 )
 
 OnFailure = Literal["raise", "warn", "ignore"]
@@ -124,4 +124,4 @@ def report_failure(info: SolveInfo, on_failure: OnFailure, *, what: str, tol: fl
     these = "the failed problems" if first else "it"
     if on_failure == "raise":
         raise error(f"{message} Or pass on_failure='warn' to get the last iterate, and zero gradient, for {these}.")
-    warnings.warn(f"{message} The last iterate is returned for {these}, with zero gradient.", ConvergenceWarning, 3)
+    warn(f"{message} The last iterate is returned for {these}, with zero gradient.", ConvergenceWarning)

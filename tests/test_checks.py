@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import linecache
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
 from implicit_layers import checks, errors
 from implicit_layers.errors import DeviceError, DtypeError, NonFiniteError, ShapeError
+from implicit_layers.solution import SolveInfo, report_failure
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -126,7 +130,7 @@ def test_trailing_shape():
         checks.trailing_shape("G", torch.zeros(3), (2, 3), "to match h and p")
 
 
-ERRORS = [error for _, error in inspect.getmembers(errors, inspect.isclass)]
+ERRORS = [error for _, error in inspect.getmembers(errors, inspect.isclass) if error.__module__ == errors.__name__]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
@@ -138,3 +142,12 @@ def test_every_error_is_caught_by_our_base_and_by_a_builtin(error):
         assert issubclass(error, errors.ImplicitLayersError)
         builtin = (ValueError, TypeError, RuntimeError, ImportError)
         assert error is errors.ImplicitLayersError or issubclass(error, builtin)
+
+
+def test_a_warning_points_at_the_users_line_through_our_code_and_pytorchs():
+    failed = SolveInfo(torch.ones(1), torch.zeros(1, dtype=torch.bool), torch.ones(1), torch.ones(1))
+    warn = functools.partial(report_failure, failed, "warn", what="deep", tol=1e-8, max_iter=1)
+    with pytest.warns(errors.ConvergenceWarning) as caught:
+        torch.utils.checkpoint.checkpoint(warn, use_reentrant=False)
+    assert caught[0].filename == __file__
+    assert linecache.getline(__file__, caught[0].lineno).strip().startswith("torch.utils.checkpoint")

@@ -6,6 +6,7 @@ CPU, on a machine without one. Both watch PyTorch from outside and know nothing 
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: never through torch.set_num_threads
@@ -186,19 +187,20 @@ class FakeDevice:
 
 @pytest.fixture
 def fake_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
-    """The test runs under `FakeTensorMode`; the package's questions to the device (`host_bool`) are answered "yes".
+    """The test runs under `FakeTensorMode`; the package's questions to the device are answered "yes" and "none".
 
-    "Yes" means that all is finite, all has converged, all factors exist: the way through without an error. Give
+    That all is finite, all has converged, all factors exist, none is left: the way through without an error. Give
     `monkeypatch` another answer where a loop has to run longer. Any other read of a value raises.
     """
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("implicit_layers") and hasattr(module, "host_bool"):
-            monkeypatch.setattr(module, "host_bool", _yes)
+    for name, answer in {"host_bool": True, "host_int": 0}.items():
+        for module in list(sys.modules.values()):
+            if getattr(module, "__name__", "").startswith("implicit_layers") and hasattr(module, name):
+                monkeypatch.setattr(module, name, functools.partial(_answer, answer))
     with FakeTensorMode():
         yield FakeDevice()
 
 
-def _yes(flag: Tensor) -> bool:
-    if flag.numel() != 1:
-        raise ValueError(f"host_bool reads one boolean, got shape {tuple(flag.shape)}")
-    return True
+def _answer(answer: bool | int, question: Tensor) -> bool | int:
+    if question.numel() != 1:
+        raise ValueError(f"the host reads one value, got shape {tuple(question.shape)}")
+    return answer

@@ -119,7 +119,7 @@ def test_reading_a_value_raises(fake_device):
 
 def test_our_own_question_is_answered(fake_device):
     checks.finite(x=fake_device(double(3)))
-    with pytest.raises(ValueError, match="one boolean"):
+    with pytest.raises(ValueError, match="one value"):
         checks.host_bool(fake_device(double(3)) > 0)
 
 

@@ -14,14 +14,13 @@ Forward mode solves the first system, reverse mode the second, and derivatives o
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicit_layers import checks, transforms
-from implicit_layers.errors import DegenerateGradientWarning, DtypeError, NotPositiveDefiniteError, ShapeError
+from implicit_layers.errors import DegenerateGradientWarning, DtypeError, NotPositiveDefiniteError, ShapeError, warn
 from implicit_layers.kkt import quadratic
 from implicit_layers.solution import OnFailure, QPSolution, SolveInfo, check_on_failure, report_failure
 from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT
@@ -258,12 +257,11 @@ class _KKTSolve(torch.autograd.Function):
         refine = REFINE
         if checks.host_bool(degenerate.any()):
             refine = REFINE_DEPENDENT
-            warnings.warn(
+            warn(
                 f"solve_qp: {int(degenerate.sum())} of {degenerate.numel()} problems (first: index "
                 f"{checks.index_of(degenerate)}) have active constraints that depend on each other, so their duals and "
                 "derivatives are not unique; the minimum-norm ones are used. Remove duplicated or redundant rows.",
                 DegenerateGradientWarning,
-                stacklevel=2,
             )
         with torch.autocast(r_z.device.type, enabled=False):
             parts = ((chol_q, 2), (chol_schur, 2), (scale, 1), (active, 1), (Q, 2), (A, 2), (G, 2))

@@ -134,7 +134,7 @@ def _at_the_door(
 def _without_autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """In an autocast region, take half-precision arguments to float32, as autocast does for such operations."""
     device = next((t.device.type for t in tensors.values() if isinstance(t, Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     half = (torch.float16, torch.bfloat16)
     return {name: t.float() if isinstance(t, Tensor) and t.dtype in half else t for name, t in tensors.items()}
@@ -163,7 +163,7 @@ class _QP(torch.autograd.Function):
         checks.finite(Q=Q, p=p, A=A, b=b, G=G, h=h)
         batch, dtype = p.shape[:-1], p.dtype
         n, n_eq, m = p.shape[-1], b.shape[-1], b.shape[-1] + h.shape[-1]
-        with torch.autocast(p.device.type, enabled=False):
+        with transforms.full_precision(p.device):
             flat = [
                 quadratic.unexpand(t, k, batch).to(torch.float64)
                 for t, k in ((Q, 2), (p, 1), (A, 2), (b, 1), (G, 2), (h, 1))
@@ -263,7 +263,7 @@ class _KKTSolve(torch.autograd.Function):
                 "derivatives are not unique; the minimum-norm ones are used. Remove duplicated or redundant rows.",
                 DegenerateGradientWarning,
             )
-        with torch.autocast(r_z.device.type, enabled=False):
+        with transforms.full_precision(r_z.device):
             parts = ((chol_q, 2), (chol_schur, 2), (scale, 1), (active, 1), (Q, 2), (A, 2), (G, 2))
             *factor, Q, A, G = (quadratic.unexpand(t, k, batch).to(torch.float64) for t, k in parts)
             right_y = torch.cat([r_nu, r_lam], dim=-1)

@@ -6,13 +6,11 @@ CPU, on a machine without one. Both watch PyTorch from outside and know nothing 
 
 from __future__ import annotations
 
-import functools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: never through torch.set_num_threads
 
 import random
-import sys
 import traceback
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -24,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 TESTS = Path(__file__).parent
 
@@ -156,51 +154,125 @@ def host_syncs() -> type[HostSyncs]:
 
 # --- a device that is not the CPU -----------------------------------------------------------------------------------
 
+FAKE_DEVICE = torch.device("meta")
+# Operations that CUDA allows between devices: copies, and an index that is still on the CPU.
+BETWEEN_DEVICES = {"_to_copy", "copy", "copy_", "index", "index_put", "index_put_", "_index_put_impl_"}
 
-class FakeDevice:
-    """Tensors without data on a device that is not the CPU; mixing the two raises, as it would on a GPU.
 
-    The device is "meta" inside `FakeTensorMode`: it takes the branches that are not the CPU's, it has autograd and
-    torch.func, and it refuses to read a value back. Fake tensors on "cuda" itself would be nearer still, but the CPU
-    build of PyTorch aborts the whole process when one of them requires a gradient.
+class FakeDeviceTensor(Tensor):
+    """A tensor that says it is on another device, and keeps its numbers on the CPU all the same."""
+
+    numbers: Tensor
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor) -> FakeDeviceTensor:
+        if numbers._is_zerotensor():  # forward mode's zeros without memory
+            numbers = torch.zeros(numbers.shape, dtype=numbers.dtype)
+        outer = Tensor._make_wrapper_subclass(
+            cls,
+            numbers.shape,
+            strides=numbers.stride(),
+            storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype,
+            device=FAKE_DEVICE,
+        )
+        outer.numbers = numbers
+        return outer
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"FakeDeviceTensor({self.numbers})"
+
+    def tolist(self) -> Any:
+        return torch.ops.aten._to_copy(self, device="cpu").tolist()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _run_on_fake_device(func, args, kwargs or {})
+
+
+class FakeDevice(TorchDispatchMode):
+    """A device that is not the CPU, on a machine that has none: it computes, and it refuses to mix devices.
+
+    Its tensors carry real numbers, so that loops end, errors are raised and results can be compared (`x.cpu()`).
+    They say "meta", the one other device that every build of PyTorch knows to the end: in the CPU build a tensor that
+    says "cuda" aborts the process as soon as it requires grad. Like CUDA, it takes 0-d tensors and indices of the CPU.
     """
 
-    def __init__(self) -> None:
-        self.device = torch.device("meta")
+    device = FAKE_DEVICE
 
     def __call__(self, tensor: Tensor, *, requires_grad: bool = False) -> Tensor:
-        """The tensor's shape, strides and dtype on the device, under the running mode."""
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device)
-        return fake.requires_grad_(requires_grad)
+        """A copy of the tensor on the device, with the same strides."""
+        return FakeDeviceTensor(tensor.detach().clone()).requires_grad_(requires_grad)
 
     def module(self, module: torch.nn.Module) -> torch.nn.Module:
-        """A module made on the CPU, moved: its parameters and buffers become fake tensors of the device."""
+        """A module made on the CPU, moved in place, as `module.to(device)` would."""
         for part in module.modules():
-            for name, parameter in list(part._parameters.items()):
+            for name, parameter in part._parameters.items():
                 if parameter is not None:
-                    part._parameters[name] = torch.nn.Parameter(self(parameter.detach()))
-            for name, buffer in list(part._buffers.items()):
+                    part._parameters[name] = torch.nn.Parameter(self(parameter), parameter.requires_grad)
+            for name, buffer in part._buffers.items():
                 if buffer is not None:
                     part._buffers[name] = self(buffer)
         return module
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._functions = _MadeFromNumbers()
+
+    def __enter__(self) -> FakeDevice:
+        self._functions.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._functions.__exit__(*error)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _run_on_fake_device(func, args, kwargs or {})
+
+
+class _MadeFromNumbers(TorchFunctionMode):
+    """Makes tensors from Python numbers on the CPU and moves them; on "meta" PyTorch would drop the numbers."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+        return func(*args, **kwargs)
+
+
+def _run_on_fake_device(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One operation: on the device if a tensor of it is among the arguments, or if it is named."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    inside = [tensor for tensor in tensors if isinstance(tensor, FakeDeviceTensor)]
+    outside = [tensor for tensor in tensors if not isinstance(tensor, FakeDeviceTensor) and tensor.ndim > 0]
+    name = func.overloadpacket.__name__
+    if inside and outside and name not in BETWEEN_DEVICES:
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {FAKE_DEVICE} and cpu")
+    target = kwargs.get("device")
+    there = bool(inside) if target is None else torch.device(target).type == FAKE_DEVICE.type
+    if name == "copy_":
+        there = isinstance(args[0], FakeDeviceTensor)
+    inner_args, inner_kwargs = tree_map_only(FakeDeviceTensor, lambda tensor: tensor.numbers, (args, kwargs))
+    if target is not None:
+        inner_kwargs["device"] = torch.device("cpu")
+    result = func(*inner_args, **inner_kwargs)
+    if not there:
+        return result
+    result = tree_map_only(Tensor, FakeDeviceTensor, result)
+    return return_and_correct_aliasing(func, args, kwargs, result) if inside else result
+
 
 @pytest.fixture
-def fake_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
-    """The test runs under `FakeTensorMode`; the package's questions to the device are answered "yes" and "none".
-
-    That all is finite, all has converged, all factors exist, none is left: the way through without an error. Give
-    `monkeypatch` another answer where a loop has to run longer. Any other read of a value raises.
-    """
-    for name, answer in {"host_bool": True, "host_int": 0}.items():
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("implicit_layers") and hasattr(module, name):
-                monkeypatch.setattr(module, name, functools.partial(_answer, answer))
-    with FakeTensorMode():
-        yield FakeDevice()
-
-
-def _answer(answer: bool | int, question: Tensor) -> bool | int:
-    if question.numel() != 1:
-        raise ValueError(f"the host reads one value, got shape {tuple(question.shape)}")
-    return answer
+def fake_device() -> Iterator[FakeDevice]:
+    """`x = fake_device(torch.ones(3)); y = f(x); assert y.device == fake_device.device; y.cpu()`."""
+    with FakeDevice() as device:
+        yield device

@@ -97,47 +97,100 @@ MIXING = {
     "matmul": lambda x: torch.eye(3, dtype=torch.float64) @ x,
     "where": lambda x: torch.where(x > 0, x, torch.zeros(3, dtype=torch.float64)),
     "cat": lambda x: torch.cat([x, torch.zeros(3, dtype=torch.float64)]),
+    "in place": lambda x: x.add_(torch.zeros(3, dtype=torch.float64)),
     "a hidden copy to the CPU": lambda x: x + x.cpu(),
     "gather": lambda x: x.gather(0, torch.zeros(1, dtype=torch.long)),
+    "in a backward pass": lambda x: torch.autograd.grad(_Mixes.apply(x.requires_grad_()).sum(), x),
+    "under vmap": lambda x: torch.func.vmap(lambda row: row + torch.zeros(1))(x.unsqueeze(-1)),
 }
+
+
+class _Mixes(torch.autograd.Function):
+    """The identity, whose backward pass brings a tensor of the CPU."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        return grad * torch.ones(3, dtype=grad.dtype)
 
 
 @pytest.mark.parametrize("name", MIXING)
 def test_mixing_devices_raises(name, fake_device):
     x = fake_device(double(3))
-    with pytest.raises(RuntimeError, match=r"device"):
+    with pytest.raises(RuntimeError, match=r"same device"):
         MIXING[name](x)
 
 
-def test_reading_a_value_raises(fake_device):
-    x = fake_device(double(3))
-    with pytest.raises(RuntimeError):
-        bool(x[0] > 0)
-    with pytest.raises(RuntimeError):
-        x.tolist()
+STAYING = {
+    "a number": lambda x: 2.0 * x + 1,
+    "a 0-d tensor of the CPU": lambda x: x * torch.tensor(2.0, dtype=x.dtype),
+    "an index of the CPU": lambda x: x[torch.tensor([2, 0])],
+    "a mask": lambda x: x[x > 0],
+    "a view written to": lambda x: _written(x),
+    "made there": lambda x: x + torch.ones(3, dtype=x.dtype, device=x.device),
+    "made like it": lambda x: x + torch.ones_like(x) + x.new_ones(3),
+    "made from a list": lambda x: x + torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype, device=x.device),
+    "moved there": lambda x: x + torch.arange(3.0, dtype=x.dtype).to(x.device),
+    "copied into": lambda x: torch.zeros_like(x).copy_(torch.arange(3.0, dtype=x.dtype)) + x,
+    "cast": lambda x: x.float().double(),
+    "factored": lambda x: torch.cholesky_solve(
+        x.unsqueeze(-1), torch.linalg.cholesky_ex(torch.outer(x, x) + torch.eye(3, dtype=x.dtype, device=x.device))[0]
+    ),
+    "gradients": lambda x: _gradient(x),
+    "vmap": lambda x: torch.func.vmap(torch.func.grad(lambda row: (row**3).sum()))(x.unsqueeze(-1)),
+    "jacobians": lambda x: torch.func.jacfwd(torch.func.jacrev(lambda row: (row**3).sum()))(x),
+}
 
 
-def test_our_own_question_is_answered(fake_device):
-    checks.finite(x=fake_device(double(3)))
-    with pytest.raises(ValueError, match="one value"):
-        checks.host_bool(fake_device(double(3)) > 0)
+def _written(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[1:].mul_(3.0)
+    x[0] = 7.0
+    return x
 
 
-def test_sound_code_runs_forward_backward_and_transformed(fake_device):
-    Q, p = fake_device(double(2, 3, 3), requires_grad=True), fake_device(double(2, 3), requires_grad=True)
-    factor, info = torch.linalg.cholesky_ex(Q.mT @ Q + torch.eye(3, dtype=Q.dtype, device=Q.device))
-    z = torch.cholesky_solve(p.unsqueeze(-1), factor).squeeze(-1)
-    grad_Q, grad_p = torch.autograd.grad(z.sum(), (Q, p))
-    assert z.device == grad_Q.device == grad_p.device == info.device == fake_device.device
-    assert z.shape == (2, 3) and grad_Q.shape == Q.shape and grad_p.dtype == torch.float64
-    jacobian = torch.func.vmap(torch.func.jacrev(torch.sin))(p.detach())
-    assert jacobian.shape == (2, 3, 3) and jacobian.device == fake_device.device
+def _gradient(x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    (grad,) = torch.autograd.grad((x**3).sum(), x, create_graph=True)
+    return torch.autograd.grad(grad.sum(), x)[0]
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_what_stays_on_the_device_is_computed(name, fake_device):
+    x = double(3)
+    y = STAYING[name](fake_device(x))
+    assert y.device == fake_device.device
+    assert y.cpu().device.type == "cpu"
+    torch.testing.assert_close(y.cpu(), STAYING[name](x))
+
+
+def test_values_can_be_read_back(fake_device, host_syncs):
+    x = fake_device(torch.tensor([1.0, -2.0]))
+    with host_syncs() as syncs:
+        assert bool((x > -3).all()) and x.sum().item() == -1.0 and x.tolist() == [1.0, -2.0]
+    assert syncs.count >= 3
+    with pytest.raises(checks.NonFiniteError, match=r"x\[1\] is nan"):
+        checks.finite(x=fake_device(torch.tensor([1.0, float("nan")])))
+
+
+def test_our_own_check_sees_two_devices(fake_device):
+    with pytest.raises(checks.DeviceError, match="p is on cpu but Q is on meta"):
+        checks.floating_tensors(Q=fake_device(double(2, 2)), p=double(2))
 
 
 def test_strides_and_modules_move(fake_device):
-    assert fake_device(torch.zeros(3, 2).mT).stride() == (1, 2)
-    linear = fake_device.module(torch.nn.Linear(3, 2))
-    linear(fake_device(torch.zeros(4, 3))).sum().backward()
+    assert fake_device(torch.zeros(2, 3).mT).stride() == (1, 3)
+    linear = torch.nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    y = linear(x)
+    moved = fake_device.module(linear)
+    assert all(parameter.device == fake_device.device for parameter in moved.parameters())
+    z = moved(fake_device(x))
+    torch.testing.assert_close(z.cpu(), y)
+    z.sum().backward()
     assert linear.weight.grad is not None and linear.weight.grad.device == fake_device.device
 
 

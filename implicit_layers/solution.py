@@ -19,6 +19,7 @@ from implicit_layers.errors import (
 )
 
 OnFailure = Literal["raise", "warn", "ignore"]
+_POLICIES = get_args(OnFailure)  # asked once: the compiler of older PyTorch cannot
 
 
 class Status(IntEnum):
@@ -88,8 +89,8 @@ _FAILURES: dict[Status, tuple[type[SolveError], str, str, str]] = {
 
 def check_on_failure(on_failure: str) -> None:
     """Refuse anything but the three policies."""
-    if on_failure not in get_args(OnFailure):
-        raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {on_failure!r}")
+    if on_failure not in _POLICIES:
+        raise ValueError(f"on_failure must be one of {_POLICIES}, got {on_failure!r}")
 
 
 def report_failure(info: SolveInfo, on_failure: OnFailure, *, what: str, tol: float, max_iter: int) -> None:

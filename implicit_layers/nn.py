@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from implicit_layers import transforms
 from implicit_layers.errors import ShapeError
 from implicit_layers.qp import solve_qp
 from implicit_layers.solution import OnFailure, QPSolution, check_on_failure
@@ -85,7 +86,7 @@ class QPLayer(nn.Module):
         """Solve the program for the linear cost `p`, with duals, slack and how it went."""
         if p.ndim < 1 or p.shape[-1] != self.n:
             raise ShapeError(f"QPLayer: the last axis of p must have size n = {self.n}, got shape {tuple(p.shape)}")
-        with torch.autocast(p.device.type, enabled=False):
+        with transforms.full_precision(p.device):
             lower = self.L.tril()
             Q = lower @ lower.mT + self.epsilon * torch.eye(self.n, dtype=lower.dtype, device=lower.device)
             b = None if self.A is None or self.z0 is None else self.A @ self.z0

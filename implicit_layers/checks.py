@@ -1,6 +1,6 @@
 """Checks at the door: types, dtypes, devices, shapes, values. Below the door the code trusts its input.
 
-Everything that makes the host wait for the device goes through `host_bool`, so that it can be counted.
+Everything in a loop that makes the host wait for the device goes through `host_bool` or `host_int`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ from implicit_layers.errors import DeviceError, DtypeError, NonFiniteError, Shap
 
 
 def host_bool(flag: Tensor) -> bool:
-    """Read one boolean back from the device: the only host synchronisation in the package's loops."""
+    """Read one boolean back from the device, which waits for it."""
     return bool(flag)
+
+
+def host_int(count: Tensor) -> int:
+    """Read one integer back from the device."""
+    return int(count)
 
 
 def index_of(mask: Tensor) -> str:

@@ -1,0 +1,1 @@
+"""KKT systems as pure functions: residual, Jacobian, adjoint solve, gradients of the data."""

@@ -1,0 +1,216 @@
+r"""The KKT system of a convex quadratic program, as pure functions of tensors.
+
+Problem:     min ½ zᵀQz + pᵀz   subject to   A z = b  (dual ν),   G z ≤ h  (dual λ ≥ 0).
+Lagrangian:  L = ½ zᵀQz + pᵀz + νᵀ(Az − b) + λᵀ(Gz − h).
+Conditions:  Qz + p + Aᵀν + Gᵀλ = 0,   Az − b = 0,   λ ∘ (Gz − h) = 0,   λ ≥ 0,   Gz ≤ h.
+
+Where strict complementarity holds, the rows of the third condition are either Gz − h = 0 (active) or λ = 0. Stacking
+the rows as E = [A; G], f = [b; h], y = (ν, λ) and writing E_a for E with its inactive rows set to zero, every linear
+system of this package (the solution itself, its adjoint, its tangent, and theirs again) is the one symmetric system
+
+    Q u_z + E_aᵀ u_y = r_z,      E_a u_z = r_y on active rows,      u_y = 0 on inactive rows,
+
+solved with one Cholesky factor of Q and one of the Schur complement E_a Q⁻¹ E_aᵀ.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KKTResidual(NamedTuple):
+    """The left-hand sides of the five conditions at a point; all zero at a solution."""
+
+    stationarity: Tensor  # (*B, n) Qz + p + Aᵀν + Gᵀλ
+    equality: Tensor  # (*B, n_eq) Az − b
+    inequality: Tensor  # (*B, n_ineq) max(Gz − h, 0)
+    dual: Tensor  # (*B, n_ineq) max(−λ, 0)
+    complementarity: Tensor  # (*B, n_ineq) λ ∘ (Gz − h)
+
+
+class Factor(NamedTuple):
+    """Cholesky factors of the KKT system on an active set; leading dimensions broadcast."""
+
+    chol_q: Tensor  # (*B, n, n): Q = L Lᵀ
+    chol_schur: Tensor  # (*B, m, m): D E_a Q⁻¹ E_aᵀ D + (identity on inactive rows) + ridge
+    scale: Tensor  # (*B, m): D, which gives the rows of D E Q⁻¹ Eᵀ D unit diagonal
+    active: Tensor  # (*B, m): 1 on equality rows and active inequality rows, else 0
+
+
+class Reduced(NamedTuple):
+    """The dual form: E z − f = (t − S y) / scale with y = scale ∘ (dual), z eliminated."""
+
+    chol_q: Tensor  # (N or 1, n, n)
+    free: Tensor  # (N or 1, n): z⁰ = −Q⁻¹p, the minimum without constraints
+    schur: Tensor  # (N or 1, m, m): S = D E Q⁻¹ Eᵀ D, unit diagonal
+    scale: Tensor  # (N or 1, m): the diagonal of D
+    violation: Tensor  # (N or 1, m): t = D (E z⁰ − f), distances in the norm of Q
+
+
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, n) -> (*B, m)
+    """Multiply a matrix with a vector, batched."""
+    if matrix.ndim == 3 and vector.ndim == 2 and matrix.shape[0] == 1:  # one matrix for all vectors
+        return vector @ matrix[0].mT
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def transposed_matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, m) -> (*B, n)
+    """Multiply a transposed matrix with a vector, batched."""
+    if matrix.ndim == 3 and vector.ndim == 2 and matrix.shape[0] == 1:  # one matrix for all vectors
+        return vector @ matrix[0]
+    return (vector.unsqueeze(-2) @ matrix).squeeze(-2)
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:  # (*B, m), (*B, n) -> (*B, m, n)
+    """Outer product, batched."""
+    return left.unsqueeze(-1) * right.unsqueeze(-2)
+
+
+def largest(vector: Tensor) -> Tensor:  # (*B, m) -> (*B,)
+    """Largest magnitude; zero where there are no entries."""
+    return vector.abs().amax(-1) if vector.shape[-1] else vector.new_zeros(vector.shape[:-1])
+
+
+def cholesky_solve(factor: Tensor, vector: Tensor) -> Tensor:  # (*B, n, n), (*B, n) -> (*B, n)
+    """Solve L Lᵀ x = vector."""
+    if factor.shape[0] == 1 and factor.ndim == 3 and vector.shape[0] > 1:  # one matrix, many right-hand sides
+        return torch.cholesky_solve(vector.mT, factor[0]).mT
+    return torch.cholesky_solve(vector.unsqueeze(-1), factor).squeeze(-1)
+
+
+def residual(
+    Q: Tensor, p: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, z: Tensor, nu: Tensor, lam: Tensor
+) -> KKTResidual:
+    """Evaluate the KKT conditions at a point; every argument broadcasts over leading dimensions."""
+    excess = matvec(G, z) - h
+    return KKTResidual(
+        stationarity=matvec(Q, z) + p + transposed_matvec(A, nu) + transposed_matvec(G, lam),
+        equality=matvec(A, z) - b,
+        inequality=excess.clamp(min=0),
+        dual=(-lam).clamp(min=0),
+        complementarity=lam * excess,
+    )
+
+
+def jacobian(Q: Tensor, A: Tensor, G: Tensor, h: Tensor, z: Tensor, lam: Tensor) -> Tensor:
+    r"""Form ∂F/∂(z, ν, λ) of F = (stationarity, Az − b, λ∘(Gz − h)) densely: to learn from and to test with.
+
+        [   Q        Aᵀ     Gᵀ        ]
+        [   A        0      0         ]
+        [ diag(λ)G   0   diag(Gz − h) ]
+
+    Returns: (*B, n + n_eq + n_ineq, n + n_eq + n_ineq).
+    """
+    n_eq, n_ineq = A.shape[-2], G.shape[-2]
+    batch = torch.broadcast_shapes(*(t.shape[:-2] for t in (Q, A, G)), *(t.shape[:-1] for t in (h, z, lam)))
+
+    def zeros(rows: int, columns: int) -> Tensor:
+        return z.new_zeros(*batch, rows, columns)
+
+    def full(matrix: Tensor) -> Tensor:
+        return matrix.expand(*batch, *matrix.shape[-2:])
+
+    rows = [
+        [full(Q), full(A.mT), full(G.mT)],
+        [full(A), zeros(n_eq, n_eq), zeros(n_eq, n_ineq)],
+        [full(lam.unsqueeze(-1) * G), zeros(n_ineq, n_eq), full(torch.diag_embed(matvec(G, z) - h))],
+    ]
+    return torch.cat([torch.cat(row, dim=-1) for row in rows], dim=-2)
+
+
+def parameter_gradients(
+    v_z: Tensor, v_nu: Tensor, v_lam: Tensor, z: Tensor, nu: Tensor, lam: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Turn an adjoint v and a point into the gradients of Q, A and G, skipping those not needed.
+
+    d(point) = K⁻¹ r with r_z = −(dQ z + dAᵀν + dGᵀλ), r_ν = −dA z, r_λ = −dG z; so ⟨v, r⟩ gives the outer products.
+    """
+    grad_Q = -outer(v_z, z) if needed[0] else None
+    grad_A = -(outer(nu, v_z) + outer(v_nu, z)) if needed[1] else None
+    grad_G = -(outer(lam, v_z) + outer(v_lam, z)) if needed[2] else None
+    return grad_Q, grad_A, grad_G
+
+
+def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor) -> Reduced:
+    """Eliminate z: one triangular solve for all rows and one product."""
+    free = -cholesky_solve(chol_q, p)
+    half = torch.linalg.solve_triangular(chol_q, E.mT, upper=False)  # L⁻¹Eᵀ, (N or 1, n, m)
+    schur = half.mT @ half
+    diagonal = schur.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    schur = scale.unsqueeze(-1) * schur * scale.unsqueeze(-2)
+    return Reduced(chol_q, free, schur, scale, scale * (matvec(E, free) - f))
+
+
+def factorise(chol_q: Tensor, schur: Tensor, scale: Tensor, active: Tensor, ridge: float) -> tuple[Factor, Tensor]:
+    """Factor the Schur complement on the active rows; also returns where it was positive definite, (N,)."""
+    masked = schur * active.unsqueeze(-1) * active.unsqueeze(-2)
+    masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - active + ridge)
+    chol_schur, info = torch.linalg.cholesky_ex(masked)
+    positive = info == 0
+    pivots = chol_schur.diagonal(dim1=-2, dim2=-1)
+    positive = positive & (pivots.amin(-1) ** 2 > 1e-13) if pivots.shape[-1] else positive
+    identity = torch.eye(schur.shape[-1], dtype=schur.dtype, device=schur.device)
+    chol_schur = torch.where(positive[:, None, None], chol_schur, identity)
+    return Factor(chol_q, chol_schur, scale, active), positive
+
+
+def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve the active-set system with the factors alone."""
+    step = cholesky_solve(factor.chol_q, r_z)
+    right = factor.active * factor.scale * (matvec(E, step) - r_y)
+    u_y = factor.active * factor.scale * cholesky_solve(factor.chol_schur, right)
+    return step - cholesky_solve(factor.chol_q, transposed_matvec(E, u_y)), u_y
+
+
+def solve(factor: Factor, Q: Tensor, E: Tensor, r_z: Tensor, r_y: Tensor, refine: int) -> tuple[Tensor, Tensor]:
+    """Solve the active-set system and refine against the matrices themselves."""
+    u_z, u_y = solve_once(factor, E, r_z, r_y)
+    for _ in range(refine):
+        left_z = r_z - matvec(Q, u_z) - transposed_matvec(E, u_y)
+        left_y = factor.active * (r_y - matvec(E, u_z))
+        step_z, step_y = solve_once(factor, E, left_z, left_y)
+        u_z, u_y = u_z + step_z, u_y + step_y
+    return u_z, u_y
+
+
+def relative_residual(
+    Q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, z: Tensor, y: Tensor, free: Tensor
+) -> Tensor:
+    """Measure the KKT residual relative to the data, (N,): free of units, 0 where the data are all zero.
+
+    Stationarity is relative to its largest term, feasibility to the largest of |f| and |E| max(|z|, |z⁰|), with z⁰ the
+    minimum without constraints; the sign of λ to the largest dual, complementarity to the product of the two scales.
+    """
+
+    def ratio(value: Tensor, scale: Tensor) -> Tensor:
+        return torch.where(value > 0, value / scale.clamp(min=torch.finfo(value.dtype).tiny), 0.0)
+
+    curved, pulled = matvec(Q, z), transposed_matvec(E, y)
+    gap = matvec(E, z) - f
+    over = torch.cat([gap[..., :n_eq].abs(), gap[..., n_eq:].clamp(min=0)], dim=-1)
+    lam = y[..., n_eq:]
+    entries = largest(E.abs().amax(-1)) if E.shape[-2] else E.new_zeros(E.shape[0])
+    primal_scale = torch.maximum(largest(f), entries * torch.maximum(largest(z), largest(free)))
+    dual_scale = largest(y)
+    parts = [
+        ratio(largest(curved + p + pulled), torch.maximum(largest(curved), torch.maximum(largest(p), largest(pulled)))),
+        ratio(largest(over), primal_scale),
+        ratio(largest(lam.clamp(max=0)), dual_scale),
+        ratio(largest(lam * gap[..., n_eq:]), primal_scale * dual_scale),
+    ]
+    worst = torch.stack(torch.broadcast_tensors(*parts)).amax(0)
+    return torch.where(torch.isfinite(worst), worst, torch.inf)
+
+
+def unexpand(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
+    """Flatten the batch to one dimension: (N, ...), or (1, ...) where every problem shares the same memory."""
+    event = tensor.shape[tensor.ndim - event_ndim :]
+    strides = tensor.stride()[: tensor.ndim - event_ndim]
+    sizes = tensor.shape[: tensor.ndim - event_ndim]
+    if batch.numel() and all(stride == 0 or size == 1 for stride, size in zip(strides, sizes, strict=True)):
+        return tensor[(0,) * len(sizes)].unsqueeze(0)
+    return tensor.expand(*batch, *event).reshape(batch.numel(), *event)

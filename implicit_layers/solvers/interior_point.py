@@ -1,0 +1,217 @@
+r"""Mehrotra's predictor–corrector interior point for convex quadratic programs, ended by a verified active set.
+
+With Q = L Lᵀ and z eliminated, the slack s = h − Gz is an affine function of the inequality dual, s = R λ + w, with R
+the Schur complement of the constraints projected off the equalities. The program is the complementarity problem
+
+    s = R λ + w,   λ ≥ 0,   s ≥ 0,   λ ∘ s = 0,
+
+and an iteration is one Cholesky factorisation of R + diag(s/λ) with two right-hand sides. Rows are scaled to unit
+diagonal, so the iteration is blind to the units of z, of the cost and of every row.
+
+The interior point is only a way to find which rows are active; the answer is the verified solve on them (`active_set`).
+So the solution is exact to rounding and its factor is the one that the derivatives need: the last interior-point
+factor would be far too inaccurate for them.
+
+Source: Mehrotra (1992), SIAM J. Optim. 2(4); Nocedal & Wright (2006), chapter 16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicit_layers import checks
+from implicit_layers.kkt import quadratic
+from implicit_layers.solution import SolveInfo, Status
+from implicit_layers.solvers.active_set import Answers, Program
+
+_PHASES = ((1e-6, 1e-12), (1e-9, 1e-12), (1e-12, 1e-11), (1e-15, 1e-10))  # (duality measure, tolerance on the signs)
+_ROUNDS = 4  # corrections of an active set before the interior point goes on
+_TO_BOUNDARY = 0.995
+_SHORTEST = 1e-8  # a shorter step means that the iteration is stuck
+
+
+class QPResult(NamedTuple):
+    """Points, duals, factor and outcome of a batch of programs, in one batch dimension."""
+
+    z: Tensor  # (N, n)
+    y: Tensor  # (N, m): (nu, lam)
+    factor: quadratic.Factor
+    degenerate: Tensor  # (N,) bool: the active rows depend on each other, so the duals are not unique
+    info: SolveInfo
+
+
+@dataclass(frozen=True)
+class InteriorPoint:
+    """Predictor–corrector interior point with a verified active-set end, for strictly convex quadratic programs.
+
+    All programs of a batch advance in the same tensors on the device of the data; those that have ended are taken out.
+    Programs with equalities only, or without constraints, are one linear solve and no iteration.
+
+    Args:
+        tol: largest relative KKT residual of an accepted answer; answers usually are at rounding, far below it.
+        max_iter: cap on the interior-point iterations.
+
+    Raises: ValueError: tol or max_iter is not positive.
+    Cost:   an iteration is one Cholesky factorisation of an (n_ineq, n_ineq) matrix a program and one host
+            synchronisation.
+    """
+
+    tol: float = 1e-8
+    max_iter: int = 60
+
+    def __post_init__(self) -> None:
+        if not self.tol > 0:
+            raise ValueError(f"tol must be positive, got {self.tol}")
+        if self.max_iter < 1:
+            raise ValueError(f"max_iter must be at least 1, got {self.max_iter}")
+
+    @torch.no_grad()
+    def solve(self, chol_q: Tensor, Q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, batch: int) -> QPResult:
+        """Solve a batch of programs with rows stacked, E = [A; G], f = [b; h], given the Cholesky factor of Q."""
+        program = Program(Q, p, E, f, n_eq, quadratic.reduce(chol_q, p, E, f))
+        answers = Answers(program, batch)
+        if batch:
+            if E.shape[-2] == n_eq:
+                self._solve_equalities(program, answers)
+            else:
+                self._solve_inequalities(program, answers)
+        factor = quadratic.Factor(chol_q, answers.chol_schur, program.reduced.scale, answers.active)
+        converged = answers.status == int(Status.CONVERGED)
+        info = SolveInfo(answers.status, converged, answers.iterations, answers.residual)
+        return QPResult(answers.z, answers.y, factor, answers.degenerate, info)
+
+    def _solve_equalities(self, program: Program, answers: Answers) -> None:
+        """One solve; where the rows depend on each other, one more with a ridge."""
+        index = torch.arange(answers.z.shape[0], device=answers.z.device)
+        every = torch.ones_like(answers.y)
+        left = answers.settle(program, index, every, answers.y, tol=self.tol, sign_tol=0.0, rounds=1)
+        if left.numel():
+            part = program.take(left)
+            answers.settle_dependent(part, left, every[left], answers.y[left], tol=self.tol)
+
+    def _solve_inequalities(self, program: Program, answers: Answers) -> None:
+        """Follow the central path in phases; after each, settle what can be settled and go on with the rest."""
+        path = _CentralPath(program, answers.z.shape[0])
+        for target, sign_tol in _PHASES:
+            path.advance(target, self.max_iter)
+            answers.iterations[path.index] = path.iterations
+            left = answers.settle(
+                path.program, path.index, path.active(), path.duals(), tol=self.tol, sign_tol=sign_tol, rounds=_ROUNDS
+            )
+            if not left.numel():
+                return
+            path.keep(left)
+        answers.settle_dependent(path.program, path.index, path.active(), path.duals(), tol=self.tol)
+
+
+class _CentralPath:
+    """Iterates λ, s > 0 of the programs not yet settled, in units in which the largest |w| is 1."""
+
+    def __init__(self, program: Program, batch: int) -> None:
+        self.program = program
+        self.index = torch.arange(batch, device=program.Q.device)
+        n_eq = program.n_eq
+        schur, violation = program.reduced.schur, program.reduced.violation
+        corner = schur[:, :n_eq, :n_eq]
+        self.chol_eq, info = torch.linalg.cholesky_ex(corner)
+        if n_eq:
+            ridge = 1e-10 * torch.eye(n_eq, dtype=schur.dtype, device=schur.device)
+            weak = (info != 0) | (self.chol_eq.diagonal(dim1=-2, dim2=-1).amin(-1) ** 2 < 1e-12)
+            self.chol_eq = torch.where(weak[:, None, None], torch.linalg.cholesky_ex(corner + ridge)[0], self.chol_eq)
+        across = torch.linalg.solve_triangular(self.chol_eq, schur[:, :n_eq, n_eq:], upper=False)
+        half = torch.linalg.solve_triangular(self.chol_eq, violation[:, :n_eq, None], upper=False)
+        self.R = schur[:, n_eq:, n_eq:] - across.mT @ across
+        w = (across.mT @ half).squeeze(-1) - violation[:, n_eq:]
+        self.unit = torch.where((w != 0).any(-1), w.abs().amax(-1), 1.0)[:, None]
+        self.w = (w / self.unit).expand(batch, -1)
+        self.unit = self.unit.expand(batch, -1)
+        shifted = self.R.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(1.0)
+        start = quadratic.cholesky_solve(torch.linalg.cholesky_ex(shifted)[0], -self.w)
+        margin = torch.where((start != 0).any(-1), start.abs().amax(-1), 1.0)[:, None]
+        self.lam = start.clamp(min=0.0) + margin
+        self.s = (-start).clamp(min=0.0) + margin
+        self.iterations = torch.zeros(batch, dtype=torch.int64, device=schur.device)
+        self.stuck = torch.zeros(batch, dtype=torch.bool, device=schur.device)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the programs only."""
+        self.program = self.program.take(rows)
+        for name in ("R", "chol_eq"):
+            tensor = getattr(self, name)
+            setattr(self, name, tensor if tensor.shape[0] == 1 else tensor[rows])
+        for name in ("index", "unit", "w", "lam", "s", "iterations", "stuck"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def active(self) -> Tensor:  # (k, m)
+        """Guess the active rows: all equalities, and inequalities whose dual outweighs their slack."""
+        guess = (self.lam > self.s).to(self.lam.dtype)
+        return torch.cat([torch.ones_like(guess[:, :1]).expand(-1, self.program.n_eq), guess], dim=-1)
+
+    def duals(self) -> Tensor:  # (k, m)
+        """Give the duals of all rows, unscaled: ν from the equality rows for the λ at hand."""
+        n_eq, reduced = self.program.n_eq, self.program.reduced
+        lam = self.unit * self.lam
+        right = reduced.violation[:, :n_eq] - quadratic.matvec(reduced.schur[:, :n_eq, n_eq:], lam)
+        return reduced.scale * torch.cat([quadratic.cholesky_solve(self.chol_eq, right), lam], dim=-1)
+
+    def advance(self, target: float, max_iter: int) -> None:
+        """Iterate until the duality measure of every program is below `target`, or it is stuck."""
+        rows: Tensor | None = None  # the programs at work; None: all of them
+        R, w, lam, s, count, stuck = self.R, self.w, self.lam, self.s, self.iterations, self.stuck
+        while True:
+            measure = (lam * s).mean(-1)
+            infeasibility = quadratic.matvec(R, lam) + w - s
+            reached = (measure <= target) & (infeasibility.abs().amax(-1) <= 1e-2 * target**0.5)
+            running = ~reached & ~stuck & (count < max_iter)
+            at_work = checks.host_int(running.sum())
+            if at_work == 0 or at_work <= 0.75 * running.shape[0]:
+                if rows is None:
+                    self.lam, self.s, self.iterations, self.stuck = lam, s, count, stuck
+                else:
+                    self.lam[rows], self.s[rows], self.iterations[rows], self.stuck[rows] = lam, s, count, stuck
+                if at_work == 0:
+                    return
+                pick = running.nonzero().squeeze(-1)
+                rows = pick if rows is None else rows[pick]
+                R = R if R.shape[0] == 1 else R[pick]
+                w, lam, s, count, stuck = w[pick], lam[pick], s[pick], count[pick], stuck[pick]
+                measure, infeasibility, running = measure[pick], infeasibility[pick], running[pick]
+            lam, s, ok = _step(R, lam, s, measure, infeasibility, running)
+            count = count + running
+            stuck = stuck | (running & ~ok)
+
+
+def _step(
+    R: Tensor, lam: Tensor, s: Tensor, measure: Tensor, infeasibility: Tensor, running: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one predictor–corrector step where `running`; also returns where the step was long enough to go on."""
+    ratio = s / lam
+    matrix = R + torch.diag_embed(ratio) if R.shape[0] != lam.shape[0] else R.clone()
+    if R.shape[0] == lam.shape[0]:
+        matrix.diagonal(dim1=-2, dim2=-1).add_(ratio)
+    chol, info = torch.linalg.cholesky_ex(matrix)
+    right = -s - infeasibility
+    d_lam = quadratic.cholesky_solve(chol, right)
+    d_s = -s - ratio * d_lam
+    length = _longest(lam, d_lam, s, d_s).clamp(max=1.0)[:, None]
+    affine = ((lam + length * d_lam) * (s + length * d_s)).mean(-1)
+    centre = (affine / measure) ** 3 * measure
+    correction = (centre[:, None] - d_lam * d_s) / lam
+    d_lam = quadratic.cholesky_solve(chol, right + correction)
+    d_s = correction - s - ratio * d_lam
+    length = (_TO_BOUNDARY * _longest(lam, d_lam, s, d_s)).clamp(max=1.0)
+    ok = (info == 0) & (length > _SHORTEST)
+    length = torch.where(running & ok, length, 0.0)[:, None]
+    move = length > 0
+    return torch.where(move, lam + length * d_lam, lam), torch.where(move, s + length * d_s, s), ok
+
+
+def _longest(lam: Tensor, d_lam: Tensor, s: Tensor, d_s: Tensor) -> Tensor:  # (k, m) x 4 -> (k,)
+    """Step length to the boundary of λ, s ≥ 0; NaN steps give length NaN, which no comparison accepts."""
+    steepest = torch.maximum(-d_lam / lam, -d_s / s).amax(-1)
+    return 1.0 / steepest.clamp(min=torch.finfo(lam.dtype).tiny)

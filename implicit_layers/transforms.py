@@ -1,0 +1,38 @@
+"""What an `autograd.Function` needs so that PyTorch's functional transforms nest correctly around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def map_to_front(size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Move the mapped dimension of each tensor to the front; unmapped tensors get one that costs no memory."""
+    return [
+        tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, in_dims, strict=True)
+    ]
+
+
+def forward_mode() -> AbstractContextManager[None]:
+    """Let the body of a `jvp` staticmethod be differentiated by an outer forward-mode transform.
+
+    PyTorch runs `jvp` with forward mode switched off, so that `jacfwd(jacfwd(f))` would silently be zero.
+    """
+    return forward_ad._set_fwd_grad_enabled(True)
+
+
+def primals(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Strip the tangents of the level at hand from saved tensors; those of outer levels stay."""
+    return tuple(forward_ad.unpack_dual(tensor, level=0).primal for tensor in tensors)
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Tell whether a functional transform or the compiler is at work, so that values cannot be read."""
+    if torch.compiler.is_compiling():
+        return True
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""`python -m implicit_layers`: train two models with layers inside them on real data, and compare the gradients' cost."""
+"""`python -m implicit_layers`: train two models with layers inside on real data, and compare their gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
         "differentiated implicitly and through its unrolled iterations; print a table and save a figure.",
     )
     arguments.add_argument("--device", default="cpu", help="a torch device, such as cpu or cuda (default: %(default)s)")
-    arguments.add_argument("--seed", type=int, default=0, help="of the split, weights and batches (default: %(default)s)")
+    arguments.add_argument(
+        "--seed", type=int, default=0, help="of the split, weights and batches (default: %(default)s)"
+    )
     arguments.add_argument(
         "--dtype", choices=("float32", "float64"), default="float64", help="of weights and data (default: %(default)s)"
     )

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-
-class Timing(NamedTuple):
-    """Wall-clock milliseconds of one forward and one backward pass."""
-
-    forward: float
-    backward: float
+_T = TypeVar("_T")
 
 
-def milliseconds(run: Callable[[], object], device: torch.device) -> tuple[object, float]:
+def milliseconds(run: Callable[[], _T], device: torch.device) -> tuple[_T, float]:
     """The result of `run()` and how long it took, after the device has finished."""
     _synchronise(device)
     start = time.perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,16 @@ from implicit_layers.errors import ShapeError
 from implicit_layers.qp import solve_qp
 from implicit_layers.solution import OnFailure, QPSolution, check_on_failure
 from implicit_layers.solvers.interior_point import InteriorPoint
+
+
+class QPData(TypedDict):
+    """The arguments of `solve_qp` that a `QPLayer` learns; those of missing constraints are None."""
+
+    Q: Tensor  # (n, n)
+    A: Tensor | None  # (n_eq, n)
+    b: Tensor | None  # (n_eq,)
+    G: Tensor | None  # (n_ineq, n)
+    h: Tensor | None  # (n_ineq,)
 
 
 class QPLayer(nn.Module):
@@ -81,18 +93,22 @@ class QPLayer(nn.Module):
                 if vector is not None:
                     nn.init.zeros_(vector)
 
-    def solve(self, p: Tensor) -> QPSolution:  # (*B, n)
-        """Solve the program for the linear cost `p`, with duals, slack and how it went."""
-        if p.ndim < 1 or p.shape[-1] != self.n:
-            raise ShapeError(f"QPLayer: the last axis of p must have size n = {self.n}, got shape {tuple(p.shape)}")
-        with torch.autocast(p.device.type, enabled=False):
+    def program(self) -> QPData:
+        """The data of the program that the parameters stand for, all but p, as keyword arguments of `solve_qp`."""
+        with torch.autocast(self.L.device.type, enabled=False):
             lower = self.L.tril()
             Q = lower @ lower.mT + self.epsilon * torch.eye(self.n, dtype=lower.dtype, device=lower.device)
             b = None if self.A is None or self.z0 is None else self.A @ self.z0
             h = None
             if self.G is not None and self.z0 is not None and self.log_slack is not None:
                 h = self.G @ self.z0 + self.log_slack.exp()
-        return solve_qp(Q, p, A=self.A, b=b, G=self.G, h=h, solver=self.solver, on_failure=self.on_failure)
+        return QPData(Q=Q, A=self.A, b=b, G=self.G, h=h)
+
+    def solve(self, p: Tensor) -> QPSolution:  # (*B, n)
+        """Solve the program for the linear cost `p`, with duals, slack and how it went."""
+        if p.ndim < 1 or p.shape[-1] != self.n:
+            raise ShapeError(f"QPLayer: the last axis of p must have size n = {self.n}, got shape {tuple(p.shape)}")
+        return solve_qp(p=p, **self.program(), solver=self.solver, on_failure=self.on_failure)
 
     def forward(self, p: Tensor) -> Tensor:  # (*B, n) -> (*B, n)
         """Return the solution z for the linear cost `p`."""

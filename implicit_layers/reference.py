@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers.errors import ConvergenceError
+from implicit_layers.testing import kkt_certificate
 
 
 class ExactQP(NamedTuple):
@@ -57,28 +58,6 @@ def program(
     )  # fmt: skip
 
 
-def kkt_residual(data: Program, z: Tensor, nu: Tensor, lam: Tensor) -> Tensor:
-    r"""How far (z, ν, λ) is from satisfying the KKT conditions, relative to the data, one number a problem.
-
-    The largest of ‖Qz + p + Aᵀν + Gᵀλ‖/(1 + ‖p‖ + ‖Qz‖), ‖Az − b‖/(1 + ‖b‖), ‖(Gz − h)₊‖/(1 + ‖h‖), ‖(−λ)₊‖/(1 + ‖λ‖)
-    and ‖λ∘(Gz − h)‖/(1 + ‖λ‖)(1 + ‖h‖), all in the largest-entry norm, computed in float64.
-    """
-    Q, p, A, b, G, h = data
-    z, nu, lam = z.double(), nu.double(), lam.double()
-    Q = 0.5 * (Q + Q.mT)
-    slack = h - _matvec(G, z)
-    Qz = _matvec(Q, z)
-    scale = 1.0 + _largest(lam)
-    parts = (
-        _largest(Qz + p + _matvec(A.mT, nu) + _matvec(G.mT, lam)) / (1.0 + _largest(p) + _largest(Qz)),
-        _largest(_matvec(A, z) - b) / (1.0 + _largest(b)),
-        _largest(slack.clamp_max(0.0)) / (1.0 + _largest(h)),
-        _largest(lam.clamp_max(0.0)) / scale,
-        _largest(lam * slack) / (scale * (1.0 + _largest(h))),
-    )
-    return torch.stack(parts).amax(0)
-
-
 def exact_qp(data: Program, guess: Tensor | None = None, *, tol: float = 1e-9) -> ExactQP:
     r"""Solve strictly convex quadratic programs through their active set, verified, by dense linear algebra.
 
@@ -92,7 +71,7 @@ def exact_qp(data: Program, guess: Tensor | None = None, *, tol: float = 1e-9) -
     Args:
         data: the program, see `program`.
         guess: active rows, (B, n_ineq) bool; none unless given.
-        tol: bound on `kkt_residual`.
+        tol: bound on `testing.kkt_certificate`.
 
     Returns:
         z, ν, λ and the active set; z, ν, λ carry the gradient of every argument through plain autograd.
@@ -125,12 +104,12 @@ def exact_qp(data: Program, guess: Tensor | None = None, *, tol: float = 1e-9) -
 def _exact_one(one: Program, guess: Tensor, tol: float, index: int) -> tuple[Tensor, ...]:
     """One problem: verify the guess or find the active set without gradients, then solve once with them."""
     detached = Program(*(argument.detach() for argument in one))
-    batched = Program(*(argument.unsqueeze(0) for argument in detached))
+    Q, p, A, b, G, h = detached
     residual = float("inf")
     for find in (lambda: guess, lambda: _active_set(detached)):
         active = find()
         z, nu, lam = _solve_active(detached, active)
-        residual = float(kkt_residual(batched, z[None], nu[None], lam[None]))
+        residual = float(kkt_certificate(Q, p, z, nu, lam, A=A, b=b, G=G, h=h))
         if residual <= tol:
             return *_solve_active(one, active), active
     raise ConvergenceError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +19,6 @@ SOFTMAX_STEPS = 60  # mirror ascent, error 2⁻⁶⁰: float64 rounding
 QP_STEPS = 400  # ADMM
 
 
-class DigitsModel(Protocol):
-    """What the demonstration trains: the same weights, whichever way the layer inside is solved and differentiated."""
-
-    def scores(self, images: Tensor, how: How) -> Tensor:
-        """One row a digit; the largest entry is the guess."""
-
-    def loss(self, images: Tensor, labels: Tensor, how: How) -> Tensor:
-        """The mean loss of a batch."""
-
-
 class SoftmaxClassifier(nn.Module):
     r"""Linear, ReLU, linear, and as output the softmax linear program y = argmax ⟨x, y⟩ + H(y) over the simplex.
 
@@ -42,12 +31,12 @@ class SoftmaxClassifier(nn.Module):
 
     def scores(self, images: Tensor, how: How) -> Tensor:
         """The probabilities y of the ten classes."""
-        layers = {
-            "implicit": softmax,
-            "unrolled": partial(unrolled_softmax, steps=SOFTMAX_STEPS),
-            "exact": partial(torch.softmax, dim=-1),  # the closed form, by plain autograd
-        }
-        return layers[how](self.body(images))
+        x = self.body(images)
+        if how == "implicit":
+            return softmax(x)
+        if how == "unrolled":
+            return unrolled_softmax(x, steps=SOFTMAX_STEPS)
+        return (x - x.logsumexp(-1, keepdim=True)).exp()  # the closed form, by plain autograd
 
     def loss(self, images: Tensor, labels: Tensor, how: How) -> Tensor:
         """Negative log-likelihood of y."""
@@ -67,9 +56,9 @@ class QPClassifier(nn.Module):
     def scores(self, images: Tensor, how: How) -> Tensor:
         """The logits of the ten classes."""
         p = self.first(images)
-        return self.last(self.layer(p) if how == "implicit" else self._other(p, how))
+        return self.last(self.layer(p) if how == "implicit" else self._otherwise(p, how))
 
-    def _other(self, p: Tensor, how: How) -> Tensor:
+    def _otherwise(self, p: Tensor, how: How) -> Tensor:
         """The same program, with the layer's own matrices, solved in another way."""
         data = self.layer.program()
         if how == "unrolled":
@@ -79,3 +68,6 @@ class QPClassifier(nn.Module):
     def loss(self, images: Tensor, labels: Tensor, how: How) -> Tensor:
         """Cross-entropy of the logits."""
         return functional.cross_entropy(self.scores(images, how), labels)
+
+
+Classifier = SoftmaxClassifier | QPClassifier

@@ -64,7 +64,7 @@ def figure(results: list[Result], path: Path) -> None:
         _curves(row[1], pair, "test accuracy", lambda result: result.accuracies)
         _times(row[2], pair)
         _bars(row[3], pair, "autograd graph, KiB", [result.graph_bytes / 1024 for result in pair])
-        _bars(row[4], pair, "relative gradient error", [max(result.gradient_error, 1e-17) for result in pair])
+        _bars(row[4], pair, "relative gradient error", [result.gradient_error for result in pair])
         row[0].set_ylabel(name, fontsize=13, fontweight="bold")
     canvas.suptitle("Digits: the same model, differentiated implicitly and through its iterations")
     canvas.savefig(path, format="png", dpi=110)
@@ -77,6 +77,7 @@ def _curves(axis: Any, pair: list[Result], title: str, values: Callable[[Result]
         axis.plot(epochs, values(result), style, color=COLOURS[result.how], label=result.how, marker="o", markersize=3)
     axis.set_title(title)
     axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False)
 
 
@@ -93,12 +94,14 @@ def _times(axis: Any, pair: list[Result]) -> None:
     axis.margins(y=0.15)
 
 
-def _bars(axis: Any, pair: list[Result], title: str, heights: list[float]) -> None:
-    """One bar a mode on a logarithmic axis, its value written above it."""
+def _bars(axis: Any, pair: list[Result], title: str, values: list[float]) -> None:
+    """One bar a mode on a logarithmic axis, its value written above it; an exact zero gets the lowest bar."""
+    heights = [max(value, 1e-17) for value in values]
     axis.bar(range(len(pair)), heights, color=[COLOURS[result.how] for result in pair])
     axis.set_yscale("log")
     axis.set_ylim(10 ** (math.floor(math.log10(min(heights))) - 1), 10 ** (math.ceil(math.log10(max(heights))) + 1))
-    for i, height in enumerate(heights):
-        axis.annotate(f"{height:.0f}" if height >= 1 else f"{height:.0e}", (i, height), ha="center", va="bottom")
+    for i, (value, height) in enumerate(zip(values, heights, strict=True)):
+        text = f"{value:.0f}" if value >= 1 or value == 0 else f"{value:.0e}"
+        axis.annotate(text, (i, height), ha="center", va="bottom")
     axis.set_xticks(range(len(pair)), [result.how for result in pair])
     axis.set_title(title)

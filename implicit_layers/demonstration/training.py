@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from implicit_layers.demonstration.digits import Digits, load, require
-from implicit_layers.demonstration.models import How, QPClassifier, SoftmaxClassifier
+from implicit_layers.demonstration.models import Classifier, How, QPClassifier, SoftmaxClassifier
 from implicit_layers.measure import graph_bytes, milliseconds, relative_error
 
 WAYS: tuple[How, How] = ("implicit", "unrolled")
-MODELS: dict[str, type[SoftmaxClassifier] | type[QPClassifier]] = {
+MODELS: dict[str, Callable[[], Classifier]] = {
     "softmax LP": SoftmaxClassifier,
     "QP layer": QPClassifier,
 }
@@ -65,9 +65,7 @@ def run(settings: Settings) -> list[Result]:
     return results
 
 
-def _train_both_ways(
-    name: str, model: SoftmaxClassifier | QPClassifier, digits: Digits, settings: Settings
-) -> list[Result]:
+def _train_both_ways(name: str, model: Classifier, digits: Digits, settings: Settings) -> list[Result]:
     """Alternate between the two ways batch by batch, so that both see the same data and the same machine."""
     device = digits.train_images.device
     models = {how: copy.deepcopy(model) for how in WAYS}
@@ -108,7 +106,7 @@ def _batches(digits: Digits, batch: int, shuffle: torch.Generator) -> Iterator[t
 
 
 def _step(
-    model: SoftmaxClassifier | QPClassifier,
+    model: Classifier,
     optimiser: torch.optim.Optimizer,
     images: Tensor,
     labels: Tensor,
@@ -117,37 +115,34 @@ def _step(
 ) -> tuple[float, tuple[float, float]]:
     """One training step: its loss, and the milliseconds of its forward and backward pass."""
     optimiser.zero_grad()
-    loss, forward = _timed(lambda: model.loss(images, labels, how), device)
-    _, backward = _timed(lambda: loss.backward() or loss, device)
+    loss, forward = milliseconds(lambda: model.loss(images, labels, how), device)
+    _, backward = milliseconds(loss.backward, device)
     optimiser.step()
     return float(loss.detach()), (forward, backward)
 
 
-def _timed(compute: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
-    """`milliseconds` of something that returns a tensor."""
-    return milliseconds(compute, device)
-
-
-def _accuracy(model: SoftmaxClassifier | QPClassifier, digits: Digits, how: How) -> float:
+def _accuracy(model: Classifier, digits: Digits, how: How) -> float:
     """Share of the test set that is guessed right."""
     with torch.no_grad():
         guess = model.scores(digits.test_images, how).argmax(-1)
     return float((guess == digits.test_labels).double().mean())
 
 
-def _gradient(model: nn.Module, images: Tensor, labels: Tensor, how: How) -> tuple[Tensor, ...]:
+def _gradient(model: Classifier, images: Tensor, labels: Tensor, how: How) -> tuple[Tensor, ...]:
     """The gradient of the loss for every parameter."""
     parameters = tuple(model.parameters())
     return torch.autograd.grad(model.loss(images, labels, how), parameters)
 
 
-def _exact_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+def _exact_gradient(model: Classifier, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """The same in float64 on the CPU by an independent exact route, at the same weights and batch."""
     exact = copy.deepcopy(model).to("cpu", torch.float64)
-    return tuple(part for part in _gradient(exact, images.to("cpu", torch.float64), labels.cpu(), "exact"))
+    return tuple(
+        part.to(images.device) for part in _gradient(exact, images.to("cpu", torch.float64), labels.cpu(), "exact")
+    )
 
 
-def _graph_bytes(model: nn.Module, images: Tensor, labels: Tensor, how: How) -> int:
+def _graph_bytes(model: Classifier, images: Tensor, labels: Tensor, how: How) -> int:
     """Bytes that the graph of one step keeps, without the parameters and the batch itself."""
     alive = [*model.parameters(), images, labels]
     return graph_bytes(lambda: model.loss(images, labels, how), exclude=alive)

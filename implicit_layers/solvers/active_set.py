@@ -19,7 +19,7 @@ from implicit_layers.solution import Status
 _RIDGE = 1e-10  # on the unit diagonal of the Schur complement, where active rows depend on each other
 REFINE = 1  # refinement steps on a factor without ridge
 REFINE_DEPENDENT = 6  # with the ridge: each step gains a factor ridge / (smallest non-zero eigenvalue)
-_FAR = 1e6  # how many times farther than every single constraint the nearest feasible point may lie
+_FAR = 1e5  # how many times farther than every single constraint the nearest feasible point may lie
 
 
 class Program(NamedTuple):
@@ -50,18 +50,19 @@ class ActiveSetPoint(NamedTuple):
     factor: quadratic.Factor
     residual: Tensor  # (k,) relative KKT residual
     accepted: Tensor  # (k,) bool
+    independent: Tensor  # (k,) bool: the active rows do not depend on each other
     corrected: Tensor  # (k, m): the active set that the signs ask for
 
 
 def solve_on(
-    program: Program, active: Tensor, y: Tensor, *, tol: float, sign_tol: float, ridge: float = 0.0
+    program: Program, active: Tensor, y: Tensor, *, tol: float, sign_tol: float, refine: int, ridge: float = 0.0
 ) -> ActiveSetPoint:
     """Solve on the active rows, refined from the duals `y`, and judge the answer by its KKT conditions."""
     Q, p, E, f, n_eq, reduced = program
-    factor, positive = quadratic.factorise(reduced.chol_q, reduced.schur, reduced.scale, active, ridge)
+    factor, independent = quadratic.factorise(reduced.chol_q, reduced.schur, reduced.scale, active, ridge)
     y = active * y
     z = reduced.free - quadratic.cholesky_solve(reduced.chol_q, quadratic.transposed_matvec(E, y))
-    for _ in range(1 + (REFINE_DEPENDENT if ridge else REFINE)):
+    for _ in range(1 + refine):
         left_z = -(quadratic.matvec(Q, z) + p + quadratic.transposed_matvec(E, y))
         left_y = active * (f - quadratic.matvec(E, z))
         step_z, step_y = quadratic.solve_once(factor, E, left_z, left_y)
@@ -74,9 +75,9 @@ def solve_on(
     enter = inequality & (active == 0) & (slack < -unit)
     y = torch.where(inequality, y.clamp(min=0.0), y)
     residual = quadratic.relative_residual(Q, p, E, f, n_eq, z, y, reduced.free)
-    accepted = positive & ~(leave | enter).any(-1) & (residual <= tol)
+    accepted = independent & ~(leave | enter).any(-1) & (residual <= tol)
     corrected = torch.where(leave, 0.0, torch.where(enter, 1.0, active))
-    return ActiveSetPoint(z, y, factor, residual, accepted, corrected)
+    return ActiveSetPoint(z, y, factor, residual, accepted, independent, corrected)
 
 
 class Answers:
@@ -95,34 +96,81 @@ class Answers:
         self.degenerate = torch.zeros(batch, dtype=torch.bool, device=like.device)
 
     def settle(
-        self, program: Program, index: Tensor, active: Tensor, y: Tensor, *, tol: float, sign_tol: float, rounds: int
+        self,
+        program: Program,
+        index: Tensor,
+        active: Tensor,
+        y: Tensor,
+        *,
+        tol: float,
+        sign_tol: float,
+        refine: int = REFINE,
+        rounds: int = 4,
     ) -> Tensor:
         """Solve the programs of `index`, correcting their active sets; returns the positions not settled."""
-        left = torch.arange(index.shape[0], device=index.device)
-        for round_ in range(rounds):
-            point = solve_on(program, active, y, tol=tol, sign_tol=sign_tol)
-            self._keep(index[left], point, point.accepted, last=False)
-            rest = (~point.accepted).nonzero().squeeze(-1)
-            left = left[rest]
-            if not rest.numel() or round_ + 1 == rounds:
+        settled = torch.zeros(index.shape[0], dtype=torch.bool, device=index.device)
+        rows = torch.arange(index.shape[0], device=index.device)
+        for _ in range(rounds):
+            point = solve_on(program, active, y, tol=tol, sign_tol=sign_tol, refine=refine)
+            self._keep(index[rows], point, point.accepted)
+            settled[rows] = point.accepted
+            again = (~point.accepted & point.independent).nonzero().squeeze(-1)
+            if not again.numel():
                 break
-            program, active, y = program.take(rest), point.corrected[rest], point.y[rest]
-        return left
+            rows, program, active, y = rows[again], program.take(again), point.corrected[again], point.y[again]
+        return (~settled).nonzero().squeeze(-1)
 
-    def settle_dependent(self, program: Program, index: Tensor, active: Tensor, y: Tensor, *, tol: float) -> None:
-        """Settle programs whose active rows depend on each other, by a ridge refined away; the rest have failed."""
-        point = solve_on(program, active, y, tol=tol, sign_tol=1e-7, ridge=_RIDGE)
+    def settle_dependent(self, program: Program, index: Tensor, active: Tensor, y: Tensor, *, tol: float) -> Tensor:
+        """Settle programs whose active rows depend on each other; returns the positions not settled.
+
+        Where the rows agree (duplicates, vertices), a ridge that refinement takes away again gives duals next to `y`
+        and derivatives of least norm. Where they do not (the two sides of a thin slab), only an independent choice of
+        them, large duals first, can be active.
+        """
+        point = solve_on(program, active, y, tol=tol, sign_tol=1e-7, refine=REFINE_DEPENDENT, ridge=_RIDGE)
+        self._keep(index, point, point.accepted)
         self.degenerate[index] = point.accepted
-        self._keep(index, point, torch.isfinite(point.residual), last=True)
-        dual = (y if program.n_eq < y.shape[-1] else point.y) / program.reduced.scale
-        length = (dual * quadratic.matvec(program.reduced.schur, dual)).sum(-1).clamp(min=0.0).sqrt()
-        depth = (dual * program.reduced.violation).sum(-1)
-        far = _FAR * quadratic.largest(program.reduced.violation)
-        proven = ~point.accepted & (depth > 0) & (depth >= far * length)
-        self.status[index] = torch.where(proven, int(Status.INFEASIBLE), self.status[index].int()).to(torch.int8)
+        left = (~point.accepted).nonzero().squeeze(-1)
+        if not left.numel():
+            return left
+        program, active, y = program.take(left), active[left], y[left]
+        chosen = _independent_rows(program.reduced.schur, active, y / program.reduced.scale, program.n_eq)
+        return left[self.settle(program, index[left], chosen, chosen * y, tol=tol, sign_tol=1e-10, refine=3)]
 
-    def _keep(self, index: Tensor, point: ActiveSetPoint, where: Tensor, *, last: bool) -> None:
-        """Write down the points that are accepted (or, at the last try, finite)."""
+    def give_up(self, program: Program, index: Tensor, y: Tensor) -> None:
+        """Write down the last iterate of programs that have failed, and which of them are proven infeasible.
+
+        A combination y of the constraints (λ ≥ 0) with Eᵀy = 0 and fᵀy < 0 proves that no point satisfies them. With
+        rounding, yᵀ(E z⁰ − f) / |L⁻¹Eᵀy| bounds from below how far from z⁰ every feasible point lies; it counts as a
+        proof where that is `_FAR` times farther than the farthest single constraint.
+        """
+        reduced = program.reduced
+        z = reduced.free - quadratic.cholesky_solve(reduced.chol_q, quadratic.transposed_matvec(program.E, y))
+        self.z[index] = torch.nan_to_num(z)
+        self.y[index] = torch.nan_to_num(y)
+        residual = quadratic.relative_residual(
+            program.Q, program.p, program.E, program.f, program.n_eq, self.z[index], self.y[index], reduced.free
+        )
+        self.residual[index] = residual
+        inequality = torch.arange(y.shape[-1], device=y.device) >= program.n_eq
+        dual = _unit(self.y[index] / reduced.scale)
+        support = (~inequality | (dual > 1e-6)).to(dual.dtype)
+        factor, _ = quadratic.factorise(reduced.chol_q, reduced.schur, reduced.scale, support, _RIDGE)
+        far = _FAR * quadratic.largest(reduced.violation)
+        proven = torch.zeros_like(far, dtype=torch.bool)
+        for _ in range(3):
+            pulled = quadratic.transposed_matvec(program.E, reduced.scale * dual).unsqueeze(-1)
+            half = torch.linalg.solve_triangular(reduced.chol_q, pulled, upper=False)
+            length = torch.linalg.vector_norm(half, dim=(-2, -1))
+            depth = (dual * reduced.violation).sum(-1)
+            proven = proven | ((depth > 1e-15 * far) & (depth >= far * length))
+            dual = _RIDGE * support * quadratic.cholesky_solve(factor.chol_schur, support * dual)  # towards Eᵀy = 0
+            dual = _unit(torch.where(inequality, dual.clamp(min=0.0), dual))
+        failed = torch.where(proven, int(Status.INFEASIBLE), int(Status.NOT_CONVERGED))
+        self.status[index] = failed.to(torch.int8)
+
+    def _keep(self, index: Tensor, point: ActiveSetPoint, where: Tensor) -> None:
+        """Write down the accepted points."""
         rows = where.nonzero().squeeze(-1)
         to = index[rows]
         self.z[to] = point.z[rows]
@@ -130,5 +178,26 @@ class Answers:
         self.chol_schur[to] = point.factor.chol_schur[rows]
         self.active[to] = point.factor.active[rows]
         self.residual[to] = point.residual[rows]
-        done = torch.where(point.accepted[rows], int(Status.CONVERGED), int(Status.NOT_CONVERGED))
-        self.status[to] = done.to(torch.int8)
+        self.status[to] = int(Status.CONVERGED)
+
+
+def _unit(vector: Tensor) -> Tensor:  # (k, m) -> (k, m)
+    """Scale to largest magnitude 1."""
+    return vector / quadratic.largest(vector).clamp(min=torch.finfo(vector.dtype).tiny).unsqueeze(-1)
+
+
+def _independent_rows(schur: Tensor, active: Tensor, dual: Tensor, n_eq: int) -> Tensor:  # -> (k, m)
+    """Choose active rows that do not depend on each other: equalities first, then by decreasing dual."""
+    m = active.shape[-1]
+    weight = torch.where(torch.arange(m, device=dual.device) < n_eq, torch.inf, active * dual)
+    order = weight.argsort(-1, descending=True)  # (k, m)
+    rest = schur.expand(active.shape[0], m, m)
+    rest = rest.gather(-2, order.unsqueeze(-1).expand(-1, m, m)).gather(-1, order.unsqueeze(-2).expand(-1, m, m))
+    wanted = active.gather(-1, order) > 0
+    kept = torch.zeros_like(wanted)
+    for j in range(m):  # Cholesky, one row after the other, leaving out rows whose pivot vanishes
+        pivot = rest[:, j, j]
+        kept[:, j] = wanted[:, j] & (pivot > 1e-10)
+        column = torch.where(kept[:, j, None], rest[:, :, j] * pivot.clamp(min=1e-10).rsqrt()[:, None], 0.0)
+        rest = rest - quadratic.outer(column, column)
+    return torch.zeros_like(active).scatter(-1, order, kept.to(active.dtype))

@@ -28,8 +28,23 @@ from implicit_layers.kkt import quadratic
 from implicit_layers.solution import SolveInfo, Status
 from implicit_layers.solvers.active_set import Answers, Program
 
-_PHASES = ((1e-6, 1e-12), (1e-9, 1e-12), (1e-12, 1e-11), (1e-15, 1e-10))  # (duality measure, tolerance on the signs)
-_ROUNDS = 4  # corrections of an active set before the interior point goes on
+
+class _Phase(NamedTuple):
+    """How far to follow the central path before trying the active set, and how."""
+
+    measure: float  # duality measure to reach
+    sign_tol: float  # on the signs of duals and slacks
+    refine: int  # refinement steps of the active-set solve
+    balanced: bool  # how the active rows are guessed
+    dependent: bool  # whether to look for active rows that depend on each other
+
+
+_PHASES = (
+    _Phase(1e-6, 1e-12, 1, balanced=False, dependent=False),
+    _Phase(1e-9, 1e-12, 1, balanced=True, dependent=False),
+    _Phase(1e-12, 1e-11, 3, balanced=False, dependent=True),
+    _Phase(1e-15, 1e-10, 3, balanced=True, dependent=True),
+)
 _TO_BOUNDARY = 0.995
 _SHORTEST = 1e-8  # a shorter step means that the iteration is stuck
 
@@ -90,22 +105,30 @@ class InteriorPoint:
         every = torch.ones_like(answers.y)
         left = answers.settle(program, index, every, answers.y, tol=self.tol, sign_tol=0.0, rounds=1)
         if left.numel():
-            part = program.take(left)
-            answers.settle_dependent(part, left, every[left], answers.y[left], tol=self.tol)
+            part, every = program.take(left), every[left]
+            y = answers.y[left]
+            still = answers.settle_dependent(part, left, every, y, tol=self.tol)
+            part = part.take(still)
+            contradiction = part.reduced.violation.expand(still.shape[0], -1) * part.reduced.scale
+            answers.give_up(part, left[still], contradiction)
 
     def _solve_inequalities(self, program: Program, answers: Answers) -> None:
         """Follow the central path in phases; after each, settle what can be settled and go on with the rest."""
         path = _CentralPath(program, answers.z.shape[0])
-        for target, sign_tol in _PHASES:
-            path.advance(target, self.max_iter)
+        for phase in _PHASES:
+            path.advance(phase.measure, self.max_iter)
             answers.iterations[path.index] = path.iterations
+            guess, duals = path.active(balanced=phase.balanced), path.duals()
             left = answers.settle(
-                path.program, path.index, path.active(), path.duals(), tol=self.tol, sign_tol=sign_tol, rounds=_ROUNDS
+                path.program, path.index, guess, duals, tol=self.tol, sign_tol=phase.sign_tol, refine=phase.refine
             )
+            path.keep(left)
+            if phase.dependent and left.numel():
+                left = answers.settle_dependent(path.program, path.index, guess[left], duals[left], tol=self.tol)
+                path.keep(left)
             if not left.numel():
                 return
-            path.keep(left)
-        answers.settle_dependent(path.program, path.index, path.active(), path.duals(), tol=self.tol)
+        answers.give_up(path.program, path.index, path.duals())
 
 
 class _CentralPath:
@@ -147,9 +170,15 @@ class _CentralPath:
         for name in ("index", "unit", "w", "lam", "s", "iterations", "stuck"):
             setattr(self, name, getattr(self, name)[rows])
 
-    def active(self) -> Tensor:  # (k, m)
-        """Guess the active rows: all equalities, and inequalities whose dual outweighs their slack."""
-        guess = (self.lam > self.s).to(self.lam.dtype)
+    def active(self, *, balanced: bool) -> Tensor:  # (k, m)
+        """Guess the active rows: all equalities, and inequalities whose dual outweighs their slack.
+
+        Balanced, each is measured by the largest of its kind, which is right for ill-conditioned programs; otherwise
+        by no less than 1, which is right where all slacks vanish.
+        """
+        floor = 0.0 if balanced else 1.0
+        dual_scale, slack_scale = (t.amax(-1, keepdim=True).clamp(min=floor) for t in (self.lam, self.s))
+        guess = (self.lam * slack_scale > self.s * dual_scale).to(self.lam.dtype)
         return torch.cat([torch.ones_like(guess[:, :1]).expand(-1, self.program.n_eq), guess], dim=-1)
 
     def duals(self) -> Tensor:  # (k, m)

@@ -80,4 +80,8 @@ def slopes(rows: Rows) -> dict[str, float]:
     groups: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         groups.setdefault(f"{row['problem']}: {row['mode']}", []).append((row["iterations"], row["peak_bytes"]))
-    return {name: round(slope(*zip(*points, strict=True)), 3) for name, points in groups.items() if len({k for k, _ in points}) > 1}
+    return {
+        name: round(slope(*zip(*points, strict=True)), 3)
+        for name, points in groups.items()
+        if len({k for k, _ in points}) > 1
+    }

@@ -1,0 +1,1 @@
+"""KKT systems as pure functions: residual, Jacobian and its inverse by blocks, each beside its equation."""

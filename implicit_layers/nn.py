@@ -21,7 +21,7 @@ class Softmax(nn.Module):
             scores; for float16 and bfloat16 scores leave it in float32.
         method: "closed", "newton" or "kkt".
 
-    Raises:   ValueError: τ is not positive and finite.
+    Raises:   ValueError: τ is not positive and finite, or the method is unknown.
 
     >>> Softmax(temperature=0.5)(torch.tensor([0.0, 1.0]))
     tensor([0.1192, 0.8808])
@@ -39,6 +39,7 @@ class Softmax(nn.Module):
         super().__init__()
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        simplex.check_method(method)
         self.dim = dim
         self.method: simplex.SoftmaxMethod = method
         self.learn_temperature = learn_temperature
@@ -57,6 +58,7 @@ class Softmax(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, as in the constructor."""
+        temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
         learned = ", learn_temperature=True" if self.learn_temperature else ""
         method = f", method={self.method!r}" if self.method != "closed" else ""
-        return f"dim={self.dim}, temperature={float(self.temperature):g}{learned}{method}"
+        return f"dim={self.dim}, temperature={temperature:g}{learned}{method}"

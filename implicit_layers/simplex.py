@@ -67,8 +67,7 @@ def softmax(
     >>> softmax(torch.tensor([0.0, 1.0, float("-inf")]), temperature=0.5)
     tensor([0.1192, 0.8808, 0.0000])
     """
-    if method not in get_args(SoftmaxMethod):
-        raise ValueError(f"method must be one of {get_args(SoftmaxMethod)}, got {method!r}")
+    check_method(method)
     axis = _axis(x, dim)
     tau = _temperature(x, axis, temperature)
     _check_values(x, axis, tau)
@@ -81,6 +80,12 @@ def softmax(
     rows = z.movedim(axis, -1) if z.ndim else z.reshape(1)
     y = _newton(rows) if method == "newton" else _kkt(rows)
     return y.movedim(-1, axis).reshape(z.shape).to(x.dtype)
+
+
+def check_method(method: str) -> None:
+    """Refuse anything but the three methods."""
+    if method not in get_args(SoftmaxMethod):
+        raise ValueError(f"method must be one of {get_args(SoftmaxMethod)}, got {method!r}")
 
 
 def _axis(x: Tensor, dim: int) -> int:
@@ -126,7 +131,8 @@ def _check_values(x: Tensor, axis: int, tau: Tensor | float) -> None:
     tau_tensor = tau.detach() if isinstance(tau, Tensor) else None
     if not checks.readable(x if tau_tensor is None else tau_tensor, x):
         return
-    top = x.detach().amax(axis)  # NaN and +inf survive a maximum, and -inf means that all n scores are -inf
+    x = x.detach()
+    top = x.amax(axis)  # NaN and +inf survive a maximum, and -inf means that all n scores are -inf
     good = top.isfinite().all()
     if tau_tensor is not None:
         tiny = torch.finfo(tau_tensor.dtype).tiny

@@ -416,7 +416,9 @@ def seed_system(x: Tensor) -> SeedSystem:  # (*B, n) -> SeedSystem
 
 def _per_problem(temperature: Temperature, like: Tensor) -> Tensor:
     """The temperature with one trailing dimension, ready to meet (*B, n)."""
-    return torch.as_tensor(temperature, dtype=like.dtype, device=like.device).unsqueeze(-1)
+    if isinstance(temperature, Tensor):
+        return temperature.unsqueeze(-1)
+    return like.new_full((1,), temperature)
 
 
 def _diagonal(entries: Tensor) -> Tensor:  # (*B, n) -> (*B, n, n)

@@ -73,9 +73,7 @@ def softmax(
     _check_values(x, axis, tau)
     work = x.float() if x.dtype in _HALF else x
     if method == "closed":
-        if not isinstance(tau, Tensor) and tau == 1:
-            return work.softmax(axis).to(x.dtype)  # torch subtracts the maximum itself
-        return _scaled(work, axis, tau).softmax(axis).to(x.dtype)
+        return _closed(work, axis, tau).to(x.dtype)
     z = _scaled(work, axis, tau)
     rows = z.movedim(axis, -1) if z.ndim else z.reshape(1)
     y = _newton(rows) if method == "newton" else _kkt(rows)
@@ -179,6 +177,15 @@ def _scaled(x: Tensor, dim: int, tau: Tensor | float) -> Tensor:  # (*, n, *) ->
     return (gap.masked_fill(hidden, 0.0) / tau).masked_fill(hidden, floor)
 
 
+def _closed(x: Tensor, dim: int, tau: Tensor | float) -> Tensor:  # (*, n, *) -> (*, n, *)
+    """The formula; a number as temperature has no derivative, so −inf scores may stay as they are."""
+    if isinstance(tau, Tensor) or tau > torch.finfo(x.dtype).max:
+        return _scaled(x, dim, tau).softmax(dim)
+    if tau == 1:
+        return x.softmax(dim)  # which subtracts the maximum itself
+    return ((x - x.detach().amax(dim, keepdim=True)) / tau).softmax(dim)
+
+
 def _kkt(z: Tensor) -> Tensor:  # (*B, n) -> (*B, n)
     """Softmax of `z` with the derivative by the explicit inverse of the KKT Jacobian.
 
@@ -192,5 +199,15 @@ def _kkt(z: Tensor) -> Tensor:  # (*B, n) -> (*B, n)
 
 
 def _newton(z: Tensor) -> Tensor:  # (*B, n) -> (*B, n)
-    """Placeholder."""
-    raise NotImplementedError
+    """Softmax of `z` by Newton on the KKT system, in the unknown u; the gradient comes from the generic core.
+
+    Stationarity is linear in (log y, u), so after one Newton step it holds exactly, log y = z + u − 1, and what is
+    left of every later step is the step for u alone. Eliminating log y leaves a convex increasing equation, and from
+    its right Newton descends to the root without overshooting, for any spread of the scores.
+    """
+    raise NotImplementedError("method='newton' arrives with the generic core; use 'closed' or 'kkt'")
+
+
+def _primal_residual(u: Tensor, z: Tensor) -> Tensor:  # (*B, 1), (*B, n) -> (*B, 1)
+    """1ᵀ exp(z + u − 1) − 1: primal feasibility with stationarity solved for y."""
+    return (z + u - 1).exp().sum(-1, keepdim=True) - 1

@@ -225,6 +225,21 @@ def test_a_mask_gives_the_result_of_the_rest_and_no_gradient(method, temperature
 
 
 @every_method
+@pytest.mark.parametrize("temperature", [0.02, 1.0, 3.0])
+def test_a_number_and_a_tensor_as_temperature_give_the_same(method, temperature):
+    answers = []
+    for tau in (temperature, torch.tensor(temperature, dtype=torch.float64)):
+        x = draw(3, 5)
+        x[0, 1], x[1, 3], x[2, 4] = -INF, -1e300, -1.7e308
+        x.requires_grad_()
+        y = il.softmax(x, temperature=tau, method=method)
+        (grad,) = torch.autograd.grad(y, x, draw(3, 5, seed=1), create_graph=True)
+        answers.append((y, grad, *torch.autograd.grad(grad.pow(2).sum(), x)))
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-12, atol=1e-12)
+    assert all(part.isfinite().all() for part in answers[0])
+
+
+@every_method
 def test_a_single_unmasked_score_gets_everything(method):
     x = torch.tensor([-INF, 2.0, -INF], dtype=torch.float64, requires_grad=True)
     y = il.softmax(x, temperature=0.3, method=method)

@@ -300,11 +300,10 @@ def log_newton_step(
     (tensor([0.]), tensor(-1.))
     """
     stationarity, primal = log_residual(log_y, u, x, temperature)
-    right, below = _column(stationarity), primal[..., None, None]
     blocks = log_inverse(log_y.exp(), temperature)
-    step_log_y = blocks.yy @ right + blocks.yu * below
-    step_u = blocks.uy @ right + blocks.uu * below
-    return log_y - step_log_y.squeeze(-1), u - step_u.squeeze(-1).squeeze(-1)
+    step_log_y = _times(blocks.yy, stationarity) + _times(blocks.yu, primal.unsqueeze(-1))
+    step_u = _times(blocks.uy, stationarity) + _times(blocks.uu, primal.unsqueeze(-1))
+    return log_y - step_log_y, u - step_u.squeeze(-1)
 
 
 def vjp(y: Tensor, scores: Tensor, grad_y: Tensor, temperature: Temperature = 1.0) -> Gradients:
@@ -331,7 +330,7 @@ def vjp(y: Tensor, scores: Tensor, grad_y: Tensor, temperature: Temperature = 1.
     tensor([ 0.1875, -0.1875])
     """
     blocks = reduced_inverse(y, temperature)
-    adjoint = -(blocks.yy.mT @ _column(grad_y)).squeeze(-1)  # the block uyᵀ would meet the gradient of u, which is zero
+    adjoint = -_times(blocks.yy.mT, grad_y)  # the block uyᵀ would meet the gradient of u, which is zero
     return Gradients(adjoint, -(adjoint * scores).sum(-1))
 
 
@@ -352,7 +351,7 @@ def jvp(
     tensor([ 0.1875, -0.1875])
     """
     moved = tangent_x - scores * tangent_temperature.unsqueeze(-1)
-    return -(reduced_inverse(y, temperature).yy @ _column(moved)).squeeze(-1)
+    return -_times(reduced_inverse(y, temperature).yy, moved)
 
 
 def seed_residual(point: Point, x: Tensor) -> Residual:  # Point, (*B, n) -> Residual
@@ -419,6 +418,11 @@ def _per_problem(temperature: Temperature, like: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         return temperature.unsqueeze(-1)
     return like.new_full((1,), temperature)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, n) -> (*B, m)
+    """Matrix times vector without `matmul`, which autocast would take down to half precision."""
+    return (matrix * vector.unsqueeze(-2)).sum(-1)
 
 
 def _diagonal(entries: Tensor) -> Tensor:  # (*B, n) -> (*B, n, n)

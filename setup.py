@@ -6,21 +6,26 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "implicit_layers/__init__.py").read_text(), re.M).group(1)
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "implicit_layers/__init__.py").read_text(encoding="utf-8"), re.M
+).group(1)
 
 CVXPY = ["cvxpy>=1.5"]
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.7", "tqdm>=4.60"]
 NOTEBOOKS = [*EXAMPLES, "nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20"]
+# qpth, the rival in the benchmarks, asks for numpy<2 and runs with numpy 2: `pip install --no-deps qpth` beside this.
 BENCH = [*EXAMPLES, *CVXPY, "scipy>=1.10"]
 TEST = [
     *NOTEBOOKS,
     *BENCH,
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.5",
     "hypothesis>=6.100",
     "ruff>=0.9",
     "mypy>=1.14",
     "import-linter>=2.1",
+    "setuptools>=70.1",  # a test builds the wheel
 ]
 
 setup(
@@ -29,7 +34,9 @@ setup(
     description="PyTorch layers defined by a condition, differentiated by the implicit function theorem",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The implicit_layers authors",
     license="MIT",
+    keywords="pytorch implicit-differentiation quadratic-programming differentiable-optimization",
     python_requires=">=3.10",
     packages=find_packages(include=["implicit_layers", "implicit_layers.*"]),
     package_data={"implicit_layers": ["py.typed"]},
@@ -42,8 +49,14 @@ setup(
         "test": TEST,
     },
     classifiers=[
+        "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Mathematics",
         "Typing :: Typed",
     ],
 )

@@ -42,11 +42,13 @@ def floating_tensors(**tensors: object) -> tuple[torch.dtype, torch.device]:
     first = ""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
             raise DtypeError(
-                f"{name} must be a real floating-point tensor, got {tensor.dtype}; convert it, e.g. {name}.double()"
+                f"{name} must be a torch.Tensor, got {type(tensor).__name__}; convert it, e.g. torch.as_tensor({name})"
             )
+        if tensor.is_complex():
+            raise DtypeError(f"{name} must be real, got {tensor.dtype}; give its real and imaginary parts separately")
+        if not tensor.is_floating_point():
+            raise DtypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}; convert it: {name}.double()")
         if dtype is None or device is None:
             dtype, device, first = tensor.dtype, tensor.device, name
         if tensor.dtype != dtype:
@@ -72,9 +74,10 @@ def finite(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         bad = ~torch.isfinite(tensor)
         if bool(bad.any()):
-            value = float(tensor[bad][0])
+            value, count = float(tensor[bad][0]), int(bad.sum())
+            verb = "is" if count == 1 else "are"
             raise NonFiniteError(
-                f"{name}{index_of(bad)} is {value}: {int(bad.sum())} of {bad.numel()} entries of {name} are not finite"
+                f"{name}{index_of(bad)} is {value}: {count} of {bad.numel()} entries of {name} {verb} not finite"
             )
 
 

@@ -1,5 +1,16 @@
 """Every exception and warning of the package; each message says what, where, by how much and what to do."""
 
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+_NOT_THE_USERS = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, str(torch.__file__)))
+
 
 class ImplicitLayersError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -63,3 +74,11 @@ class ConvergenceWarning(ImplicitLayersWarning):
 
 class DegenerateGradientWarning(ImplicitLayersWarning):
     """The solution is right, but its derivative is not unique; a defined element of it is used."""
+
+
+def warn(message: str, category: type[ImplicitLayersWarning]) -> None:
+    """Warn on the line of the user's code that led here: the innermost one outside this package and PyTorch."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -8,7 +8,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from implicit_layers import simplex
+from implicit_layers import simplex, transforms
 from implicit_layers.errors import ShapeError
 from implicit_layers.qp import solve_qp
 from implicit_layers.solution import OnFailure, QPSolution, check_on_failure
@@ -97,7 +97,7 @@ class QPLayer(nn.Module):
 
     def program(self) -> QPData:
         """The data of the program that the parameters stand for, all but p, as keyword arguments of `solve_qp`."""
-        with torch.autocast(self.L.device.type, enabled=False):
+        with transforms.full_precision(self.L.device):
             lower = self.L.tril()
             Q = lower @ lower.mT + self.epsilon * torch.eye(self.n, dtype=lower.dtype, device=lower.device)
             b = None if self.A is None or self.z0 is None else self.A @ self.z0

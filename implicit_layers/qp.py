@@ -14,14 +14,13 @@ Forward mode solves the first system, reverse mode the second, and derivatives o
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicit_layers import checks, transforms
-from implicit_layers.errors import DegenerateGradientWarning, DtypeError, NotPositiveDefiniteError, ShapeError
+from implicit_layers.errors import DegenerateGradientWarning, DtypeError, NotPositiveDefiniteError, ShapeError, warn
 from implicit_layers.kkt import quadratic
 from implicit_layers.solution import OnFailure, QPSolution, SolveInfo, check_on_failure, report_failure
 from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT
@@ -135,7 +134,7 @@ def _at_the_door(
 def _without_autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """In an autocast region, take half-precision arguments to float32, as autocast does for such operations."""
     device = next((t.device.type for t in tensors.values() if isinstance(t, Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     half = (torch.float16, torch.bfloat16)
     return {name: t.float() if isinstance(t, Tensor) and t.dtype in half else t for name, t in tensors.items()}
@@ -164,7 +163,7 @@ class _QP(torch.autograd.Function):
         checks.finite(Q=Q, p=p, A=A, b=b, G=G, h=h)
         batch, dtype = p.shape[:-1], p.dtype
         n, n_eq, m = p.shape[-1], b.shape[-1], b.shape[-1] + h.shape[-1]
-        with torch.autocast(p.device.type, enabled=False):
+        with transforms.full_precision(p.device):
             flat = [
                 quadratic.unexpand(t, k, batch).to(torch.float64)
                 for t, k in ((Q, 2), (p, 1), (A, 2), (b, 1), (G, 2), (h, 1))
@@ -258,14 +257,13 @@ class _KKTSolve(torch.autograd.Function):
         refine = REFINE
         if checks.host_bool(degenerate.any()):
             refine = REFINE_DEPENDENT
-            warnings.warn(
+            warn(
                 f"solve_qp: {int(degenerate.sum())} of {degenerate.numel()} problems (first: index "
                 f"{checks.index_of(degenerate)}) have active constraints that depend on each other, so their duals and "
                 "derivatives are not unique; the minimum-norm ones are used. Remove duplicated or redundant rows.",
                 DegenerateGradientWarning,
-                stacklevel=2,
             )
-        with torch.autocast(r_z.device.type, enabled=False):
+        with transforms.full_precision(r_z.device):
             parts = ((chol_q, 2), (chol_schur, 2), (scale, 1), (active, 1), (Q, 2), (A, 2), (G, 2))
             *factor, Q, A, G = (quadratic.unexpand(t, k, batch).to(torch.float64) for t, k in parts)
             right_y = torch.cat([r_nu, r_lam], dim=-1)

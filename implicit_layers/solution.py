@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from enum import IntEnum
 from typing import Literal, NamedTuple, get_args
 
-import torch
 from torch import Tensor
 
 from implicit_layers import checks
@@ -17,9 +15,11 @@ from implicit_layers.errors import (
     SingularAdjointError,
     SolveError,
     UnboundedError,
+    warn,
 )
 
 OnFailure = Literal["raise", "warn", "ignore"]
+_POLICIES = get_args(OnFailure)  # asked once: the compiler of older PyTorch cannot
 
 
 class Status(IntEnum):
@@ -58,34 +58,39 @@ class QPSolution(NamedTuple):
     info: SolveInfo
 
 
-_ERRORS: dict[Status, tuple[type[SolveError], str, str]] = {
+# For each way to fail: the error, what happened to one problem, what happened to several, and what to do about it.
+_FAILURES: dict[Status, tuple[type[SolveError], str, str, str]] = {
+    Status.NOT_CONVERGED: (
+        ConvergenceError,
+        "did not converge",
+        "did not converge",
+        "Raise max_iter, rescale the data or start nearer; an infeasible problem never converges.",
+    ),
     Status.INFEASIBLE: (
         InfeasibleError,
-        "have no feasible point (a combination of the constraints contradicts itself)",
-        "Relax the right-hand sides, or pass on_failure='warn' to go on with zero gradient for these problems.",
+        "has no feasible point: a combination of its constraints contradicts itself",
+        "have no feasible point: a combination of their constraints contradicts itself",
+        "Relax the right-hand sides or remove a constraint.",
     ),
     Status.UNBOUNDED: (
         UnboundedError,
+        "has an objective that decreases without limit",
         "have an objective that decreases without limit",
         "Bound the feasible set or make the objective strictly convex.",
     ),
     Status.SINGULAR: (
         SingularAdjointError,
+        "has a singular system",
         "have a singular system",
         "Remove dependent constraints or regularise the problem.",
-    ),
-    Status.NOT_CONVERGED: (
-        ConvergenceError,
-        "did not converge",
-        "Raise max_iter, rescale the data, start nearer, or pass on_failure='warn' to get the last iterate.",
     ),
 }
 
 
 def check_on_failure(on_failure: str) -> None:
     """Refuse anything but the three policies."""
-    if on_failure not in get_args(OnFailure):
-        raise ValueError(f"on_failure must be one of {get_args(OnFailure)}, got {on_failure!r}")
+    if on_failure not in _POLICIES:
+        raise ValueError(f"on_failure must be one of {_POLICIES}, got {on_failure!r}")
 
 
 def report_failure(info: SolveInfo, on_failure: OnFailure, *, what: str, tol: float, max_iter: int) -> None:
@@ -103,17 +108,21 @@ def report_failure(info: SolveInfo, on_failure: OnFailure, *, what: str, tol: fl
     if on_failure == "ignore" or checks.host_bool(info.converged.all()):
         return
     failed = (~info.converged).nonzero()
-    first = tuple(failed[0].tolist())
+    first = tuple(failed[0].tolist())  # () where there is one problem and no batch
     status = Status(int(info.status[first]))
-    error, happened, advice = _ERRORS[status]
-    same = int((info.status == status).sum())
-    where = f" (first: index {first[0] if len(first) == 1 else first}" if first else " ("
-    residual = float(info.residual[first].to(torch.float64))
+    error, one, several, advice = _FAILURES[status]
+    alike = int((~info.converged & (info.status == status)).sum())
+    otherwise = len(failed) - alike
+    subject = f"{alike} of {info.converged.numel()} problems" if first else "the problem"
+    index = str(first[0] if len(first) == 1 else first)
+    where = "" if not first else f"index {index}, " if alike == 1 else f"first: index {index}, "
+    also = f" {otherwise} more failed in another way." if otherwise else ""
     message = (
-        f"{what}: {same} of {info.converged.numel()} problems {happened}{where}"
-        f"{', ' if first else ''}residual {residual:.1e}, tol {tol:.1e}, "
-        f"{int(info.iterations[first])} of {max_iter} iterations). {advice}"
+        f"{what}: {subject} {one if alike == 1 else several} "
+        f"({where}residual {float(info.residual[first]):.1e}, tol {tol:.1e}, "
+        f"{int(info.iterations[first])} of {max_iter} iterations).{also} {advice}"
     )
+    these = "the failed problems" if first else "it"
     if on_failure == "raise":
-        raise error(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        raise error(f"{message} Or pass on_failure='warn' to get the last iterate, and zero gradient, for {these}.")
+    warn(f"{message} The last iterate is returned for {these}, with zero gradient.", ConvergenceWarning)

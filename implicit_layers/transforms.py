@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ def forward_mode() -> AbstractContextManager[None]:
     PyTorch runs `jvp` with forward mode switched off, so that `jacfwd(jacfwd(f))` would silently be zero.
     """
     return forward_ad._set_fwd_grad_enabled(True)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Compute in the dtypes at hand, whatever autocast region the caller is in; "meta" tensors know no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def primals(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

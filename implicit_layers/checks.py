@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from implicit_layers.errors import DeviceError, DtypeError, NonFiniteError, ShapeError
 
@@ -111,3 +112,18 @@ def trailing_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: st
     if got != expected:
         wanted = ", ".join(map(str, expected))
         raise ShapeError(f"{name} must have shape (*B, {wanted}) {why}, got {tuple(tensor.shape)}")
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether the host may look at these values: not while tracing, under a functional transform, or without storage.
+
+    `torch.compile` and `torch.export` trace with tensors that have no values, `torch.func` wraps the values, and fake
+    and meta tensors hold none. Checks of values are skipped then; those of shapes and dtypes are not.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    functorch = getattr(torch._C, "_functorch", None)
+    level = getattr(functorch, "maybe_current_level", None)  # private; without it, value checks stay on
+    if level is not None and level() is not None:
+        return False
+    return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from typing import TypedDict
+
 import torch
 from torch import Tensor, nn
 
-from implicit_layers import transforms
+from implicit_layers import simplex, transforms
 from implicit_layers.errors import ShapeError
 from implicit_layers.qp import solve_qp
 from implicit_layers.solution import OnFailure, QPSolution, check_on_failure
 from implicit_layers.solvers.interior_point import InteriorPoint
+
+
+class QPData(TypedDict):
+    """The arguments of `solve_qp` that a `QPLayer` learns; those of missing constraints are None."""
+
+    Q: Tensor  # (n, n)
+    A: Tensor | None  # (n_eq, n)
+    b: Tensor | None  # (n_eq,)
+    G: Tensor | None  # (n_ineq, n)
+    h: Tensor | None  # (n_ineq,)
 
 
 class QPLayer(nn.Module):
@@ -82,18 +95,22 @@ class QPLayer(nn.Module):
                 if vector is not None:
                     nn.init.zeros_(vector)
 
-    def solve(self, p: Tensor) -> QPSolution:  # (*B, n)
-        """Solve the program for the linear cost `p`, with duals, slack and how it went."""
-        if p.ndim < 1 or p.shape[-1] != self.n:
-            raise ShapeError(f"QPLayer: the last axis of p must have size n = {self.n}, got shape {tuple(p.shape)}")
-        with transforms.full_precision(p.device):
+    def program(self) -> QPData:
+        """The data of the program that the parameters stand for, all but p, as keyword arguments of `solve_qp`."""
+        with transforms.full_precision(self.L.device):
             lower = self.L.tril()
             Q = lower @ lower.mT + self.epsilon * torch.eye(self.n, dtype=lower.dtype, device=lower.device)
             b = None if self.A is None or self.z0 is None else self.A @ self.z0
             h = None
             if self.G is not None and self.z0 is not None and self.log_slack is not None:
                 h = self.G @ self.z0 + self.log_slack.exp()
-        return solve_qp(Q, p, A=self.A, b=b, G=self.G, h=h, solver=self.solver, on_failure=self.on_failure)
+        return QPData(Q=Q, A=self.A, b=b, G=self.G, h=h)
+
+    def solve(self, p: Tensor) -> QPSolution:  # (*B, n)
+        """Solve the program for the linear cost `p`, with duals, slack and how it went."""
+        if p.ndim < 1 or p.shape[-1] != self.n:
+            raise ShapeError(f"QPLayer: the last axis of p must have size n = {self.n}, got shape {tuple(p.shape)}")
+        return solve_qp(p=p, **self.program(), solver=self.solver, on_failure=self.on_failure)
 
     def forward(self, p: Tensor) -> Tensor:  # (*B, n) -> (*B, n)
         """Return the solution z for the linear cost `p`."""
@@ -102,3 +119,57 @@ class QPLayer(nn.Module):
     def extra_repr(self) -> str:
         """Show the sizes."""
         return f"n={self.n}, n_eq={self.n_eq}, n_ineq={self.n_ineq}, epsilon={self.epsilon:g}"
+
+
+class Softmax(nn.Module):
+    r"""Softmax as an entropy-regularised linear program; see `implicit_layers.softmax`.
+
+    Args:
+        dim: the axis of the scores.
+        temperature: τ > 0; the starting value if it is learned.
+        learn_temperature: make the temperature a parameter. It is stored as `log_temperature`, whose exponential is
+            used, so an optimiser can never make it negative. It has the default dtype: `module.double()` for float64
+            scores; for float16 and bfloat16 scores leave it in float32.
+        method: "closed", "newton" or "kkt".
+
+    Raises:   ValueError: τ is not positive and finite, or the method is unknown.
+
+    >>> Softmax(temperature=0.5)(torch.tensor([0.0, 1.0]))
+    tensor([0.1192, 0.8808])
+    """
+
+    log_temperature: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int = -1,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        method: simplex.SoftmaxMethod = "closed",
+    ) -> None:
+        super().__init__()
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        simplex.check_method(method)
+        self.dim = dim
+        self.method: simplex.SoftmaxMethod = method
+        self.learn_temperature = learn_temperature
+        self._temperature = float(temperature)
+        start = nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
+        self.register_parameter("log_temperature", start)
+
+    @property
+    def temperature(self) -> Tensor | float:
+        """τ: a number, or a 0-d tensor if it is learned."""
+        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+
+    def forward(self, x: Tensor) -> Tensor:  # (*, n, *) -> (*, n, *)
+        """The point of the simplex that the scores choose."""
+        return simplex.softmax(x, self.dim, temperature=self.temperature, method=self.method)
+
+    def extra_repr(self) -> str:
+        """The settings, as in the constructor."""
+        temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
+        learned = ", learn_temperature=True" if self.learn_temperature else ""
+        method = f", method={self.method!r}" if self.method != "closed" else ""
+        return f"dim={self.dim}, temperature={temperature:g}{learned}{method}"

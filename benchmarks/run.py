@@ -1,0 +1,125 @@
+"""`python -m benchmarks.run [qp|memory] [--quick] [--out FOLDER]`: measure, and write one JSON a suite.
+
+Threads are pinned before torch is imported, by starting the interpreter again with the environment that OpenMP reads:
+unpinned medians move tenfold on a small machine. Only the standard library is imported at the top for that reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+NAMES = ("qp", "memory")
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    arguments.add_argument("suite", nargs="*", metavar="suite", help=f"of {', '.join(NAMES)}; all unless given")
+    arguments.add_argument("--quick", action="store_true", help="few small cases, to see that it runs; not for figures")
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--threads", type=int, default=cores(), help="default: %(default)s, the cores here")
+    arguments.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+    return arguments
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pin(threads: int) -> None:
+    """Start again with pinned threads, unless they are."""
+    wanted = {**PINNED, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.environ.update(wanted)
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]])
+
+
+def environment(device: str, seed: int) -> dict[str, Any]:
+    """Everything that a reader needs to know about where the numbers come from."""
+    import torch
+
+    import implicit_layers
+
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "implicit_layers": implicit_layers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
+        "threads": torch.get_num_threads(),
+        "pinned": {name: os.environ.get(name) for name in PINNED},
+        "seed": seed,
+    }
+
+
+def _commit() -> str:
+    """The commit that is measured, marked where the files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    """The model of the processor, where the system tells."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser()
+    options = arguments.parse_args(argv)
+    unknown = [name for name in options.suite if name not in NAMES]
+    if unknown:
+        arguments.error(f"no suite {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    from benchmarks.suites import SUITES, Options, slopes
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.suite or NAMES:
+        rows = SUITES[name](Options(options.device, options.seed, options.quick))
+        result = {"suite": name, "quick": options.quick, "environment": environment(options.device, options.seed)}
+        if name == "memory":
+            result["slopes"] = slopes(rows)
+            for group, exponent in result["slopes"].items():
+                print(f"memory ~ iterations^{exponent:.2f}  {group}")
+        for row in rows:
+            if row.get("status", "ok") != "ok":
+                print(f"{row['problem']} {row['contender']}: {row['status']}")
+        path = options.out / f"{name}{'-quick' if options.quick else ''}.json"
+        path.write_text(dump({**result, "rows": rows}))
+        print(f"{len(rows)} rows: {path}")
+    return 0
+
+
+def dump(result: dict[str, Any]) -> str:
+    """JSON with one line a row, so that two files can be compared by eye."""
+    rows = ",\n".join("  " + json.dumps(_short(row), ensure_ascii=False) for row in result["rows"])
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1, ensure_ascii=False)
+    return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """Four significant digits: more would say nothing and make two files harder to compare."""
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
+if __name__ == "__main__":
+    pin(parser().parse_args().threads)
+    raise SystemExit(main())

@@ -351,7 +351,7 @@ def _refuse(
 
 
 def _masked(mask: Tensor, x: Tensor, otherwise: Tensor | float) -> Tensor:
-    """x where the problem's entry of the mask is true."""
+    """X where the problem's entry of the mask is true."""
     return torch.where(mask.reshape((*mask.shape, *[1] * (x.ndim - mask.ndim))), x, otherwise)
 
 
@@ -429,7 +429,8 @@ class _Solve(torch.autograd.Function):
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The solution, which problems were solved, and the parameters; failed problems stand at their start, where F is
-    known to be finite."""
+    known to be finite.
+    """
     z, converged, *rest = ctx.saved_tensors
     if ctx.system.may_fail:
         z0, *rest = rest
@@ -456,9 +457,7 @@ def pull_back(
     with torch.autocast(z.device.type, enabled=False):
         if system.on_failure != "raise":
             g = _masked(converged, g, 0.0)
-        u = apply(
-            system.transposed_system(), torch.zeros_like(g), *system.linear_parameters(z, g, parameters)
-        )[0]
+        u = apply(system.transposed_system(), torch.zeros_like(g), *system.linear_parameters(z, g, parameters))[0]
         chosen = [i for i, need in enumerate(needed) if need]
 
         def F(*some: Tensor) -> Tensor:
@@ -490,6 +489,6 @@ def push_forward(
         moved = pushforward(F, [parameters[i] for i in chosen], [tangents[i] for i in chosen], z)
         if system.on_failure != "raise":
             moved = _masked(converged, moved, 0.0)
-        return apply(
-            system.tangent_system(), torch.zeros_like(moved), *system.linear_parameters(z, moved, parameters)
-        )[0]
+        return apply(system.tangent_system(), torch.zeros_like(moved), *system.linear_parameters(z, moved, parameters))[
+            0
+        ]

@@ -48,10 +48,10 @@ def test_it_learns_a_projection() -> None:
     torch.manual_seed(0)
     x = 2 * torch.randn(256, 2)
     target = x.clamp(-1.0, 1.0)
-    layer = il.nn.QPLayer(2, n_ineq=4)
+    layer = il.nn.QPLayer(2, n_ineq=8)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.03)
     losses = []
-    for _ in range(300):
+    for _ in range(200):
         loss = nn.functional.mse_loss(layer(-x), target)
         optimizer.zero_grad()
         loss.backward()
@@ -59,7 +59,7 @@ def test_it_learns_a_projection() -> None:
         losses.append(float(loss.detach()))
     affine = torch.linalg.lstsq(torch.cat([x, torch.ones(256, 1)], 1), target)
     best_affine = float((torch.cat([x, torch.ones(256, 1)], 1) @ affine.solution - target).square().mean())
-    assert losses[-1] < 0.3 * best_affine and losses[-1] < 0.1 * losses[0]
+    assert losses[-1] < 1e-3 * best_affine
 
 
 def test_module_habits() -> None:

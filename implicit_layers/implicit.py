@@ -13,9 +13,10 @@ from implicit_layers.eager import uncompiled
 from implicit_layers.errors import DtypeError, ShapeError
 from implicit_layers.linalg import LinearSolver
 from implicit_layers.solution import OnFailure, Solution, SolveInfo
+from implicit_layers.solve import apply, pull_back, push_forward
 from implicit_layers.solvers.anderson import Anderson
 from implicit_layers.solvers.newton import Newton
-from implicit_layers.system import Kind, apply, pull_back, push_forward
+from implicit_layers.system import Kind
 
 
 def root(

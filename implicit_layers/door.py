@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
 from implicit_layers.errors import CapturedTensorError, DeviceError, DtypeError, ShapeError
@@ -140,17 +141,17 @@ def _plain(x: Tensor) -> Tensor:
 
 def _refuse_captured(value: Tensor, wants_gradient: bool, what: str, name: str) -> None:
     """The function was evaluated on plain tensors: a history or a transform on the value came in by another way."""
-    while True:
-        tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
-        mapped = _functorch.is_batchedtensor(value)
-        if (value.requires_grad and wants_gradient) or tangent or mapped:
-            kind = "is mapped by vmap" if mapped else "carries a tangent" if tangent else "requires grad"
-            raise CapturedTensorError(
-                f"{what}: {name} depends on a tensor that {kind} and is not among its arguments (a closure, a global, "
-                "a parameter of a module), so its gradient would be lost. Pass the tensor as theta and take it as an "
-                f"argument: {name}(z, W). For an nn.Module pass the module itself, as {name} or as one of theta. "
-                "If no gradient is wanted, detach it"
-            )
-        if not _functorch.is_functorch_wrapped_tensor(value):
-            return
-        value = _functorch.get_unwrapped(value)
+    tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+    mapped = _functorch.is_batchedtensor(value)
+    if (value.requires_grad and wants_gradient) or tangent or mapped:
+        kind = "is mapped by vmap" if mapped else "carries a tangent" if tangent else "requires grad"
+        raise CapturedTensorError(
+            f"{what}: {name} depends on a tensor that {kind} and is not among its arguments (a closure, a global, "
+            "a parameter of a module), so its gradient would be lost. Pass the tensor as theta and take it as an "
+            f"argument: {name}(z, W). For an nn.Module pass the module itself, as {name} or as one of theta. "
+            "If no gradient is wanted, detach it"
+        )
+    if _functorch.is_functorch_wrapped_tensor(value):
+        inner = _functorch.get_unwrapped(value)
+        with temporarily_pop_interpreter_stack():  # a tangent is seen only from its own level
+            _refuse_captured(inner, wants_gradient, what, name)

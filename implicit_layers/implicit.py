@@ -13,9 +13,10 @@ from implicit_layers.eager import uncompiled
 from implicit_layers.errors import DtypeError, ShapeError
 from implicit_layers.linalg import LinearSolver
 from implicit_layers.solution import OnFailure, Solution, SolveInfo
+from implicit_layers.solve import apply, pull_back, push_forward
 from implicit_layers.solvers.anderson import Anderson
 from implicit_layers.solvers.newton import Newton
-from implicit_layers.system import Kind, apply, pull_back, push_forward
+from implicit_layers.system import Kind
 
 
 def root(
@@ -50,6 +51,7 @@ def root(
     Returns:  the solution, with the shape, dtype and device of z0, and how it was found, one entry a problem.
     Gradient: g_θ = F_θᵀ u with Jᵀu = −g, J = ∂F/∂z; to any order, forward and reverse. Every linear solve is checked
         with the true operator, so that a singular J, or problems that are coupled after all, raise.
+
     Raises:
         CapturedTensorError: F depends on a tensor that requires grad and is not an argument.
         ConvergenceError: a problem did not converge.
@@ -236,13 +238,11 @@ def _enter_at_solution(
     what: str,
 ) -> Entrance:
     """The door for a solution that is already there."""
-    return enter(
-        "root", residual, z, theta, what=what, linear_solver=linear_solver, batch_dims=batch_dims, z_name="z"
-    )
+    return enter("root", residual, z, theta, what=what, linear_solver=linear_solver, batch_dims=batch_dims, z_name="z")
 
 
 def _like(x: Tensor, other: Tensor, name: str) -> Tensor:
-    """x is a floating-point tensor with the shape of the other."""
+    """X is a floating-point tensor with the shape of the other."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise DtypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.shape != other.shape:

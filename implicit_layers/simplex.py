@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from implicit_layers import checks
+from implicit_layers import checks, implicit
 from implicit_layers.errors import NonFiniteError, ShapeError
 from implicit_layers.kkt import entropic
 
@@ -46,6 +46,7 @@ def softmax(
             along `dim` (one τ a problem: for `x` of shape (B, n), shape (B, 1) or ()). A tensor is differentiated. It
             has the dtype of `x`, or float32 where `x` is float16 or bfloat16.
         method: "closed", "newton" or "kkt"; one answer and one gradient, found in three ways (see the module).
+            torch.compile takes "closed" and "kkt" into one graph; the iterations of "newton" break it and run eagerly.
 
     Returns:  y*, with the dtype and device of `x`, and its shape broadcast with the one of `temperature`.
     Gradient: ∂y/∂x = S = (diag(y) − y yᵀ)/τ, symmetric, S1 = 0, ‖S‖₂ ≤ 1/(2τ);  ∂y/∂τ = −S x/τ.  Any order.
@@ -59,7 +60,8 @@ def softmax(
             −inf; unknown `method`.
         NonFiniteError: a score is NaN or +inf.
         The checks of values cost one host synchronisation. Under torch.compile, torch.export and torch.func, and for
-        fake and meta tensors, they are skipped: there the problem with the bad score returns NaN, the others are right.
+        fake and meta tensors, they are skipped: there the problem with the bad score returns NaN, and the others are
+        right ("newton" raises even then, at the first residual that it sees).
 
     Cost:     O(n) time and memory a problem; "newton" one more O(n) an iteration; "kkt" O(n²).
     Source:   Gao & Pavel (2017), On the properties of the softmax function, arXiv:1704.00805.
@@ -205,7 +207,12 @@ def _newton(z: Tensor) -> Tensor:  # (*B, n) -> (*B, n)
     left of every later step is the step for u alone. Eliminating log y leaves a convex increasing equation, and from
     its right Newton descends to the root without overshooting, for any spread of the scores.
     """
-    raise NotImplementedError("method='newton' arrives with the generic core; use 'closed' or 'kkt'")
+    start = torch.ones_like(z[..., :1])  # max z = 0: here 1ᵀy ≥ 1, right of the root
+    fixed = z.detach()
+    u = implicit.root(_primal_residual, start, fixed, batch_dims=z.ndim - 1).value
+    missing = _primal_residual(u, fixed)  # below the solver's tolerance; a last step, of slope 1 + F, leaves rounding
+    u = implicit.attach_gradient(_primal_residual, u - missing / (1 + missing), z, batch_dims=z.ndim - 1)
+    return (z + u - 1).exp()
 
 
 def _primal_residual(u: Tensor, z: Tensor) -> Tensor:  # (*B, 1), (*B, n) -> (*B, 1)

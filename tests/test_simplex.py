@@ -96,8 +96,7 @@ def test_gradcheck_and_gradgradcheck_in_scores_and_temperature(method, shape, di
 
     assert torch.autograd.gradcheck(function, (x, tau), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, (x, tau), check_batched_grad=True)
-    if method != "newton":  # the generic core has its own tests of forward mode
-        assert torch.autograd.gradcheck(function, (x, tau), check_forward_ad=True, check_batched_forward_grad=True)
+    assert torch.autograd.gradcheck(function, (x, tau), check_forward_ad=True, check_batched_forward_grad=True)
 
 
 def test_gradcheck_sees_a_wrong_gradient():
@@ -151,7 +150,7 @@ def test_finite_differences(method):
         torch.testing.assert_close((grad_x * dx).sum() + (grad_tau * dtau).sum(), difference, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["closed", "kkt"])
+@every_method
 def test_every_functional_transform(method):
     x, tau = draw(3, 4), draw_temperature(3, 1)
     x[0, 1] = -INF
@@ -193,6 +192,25 @@ def test_compile_fullgraph_gives_the_eager_numbers(method):
     torch.testing.assert_close(got, want)
     mapped = torch.compile(vmap(lambda x: il.softmax(x, 0, method=method)), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(mapped(x.detach()), torch.softmax(x.detach(), 1))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch.compile's own, where a graph breaks
+def test_newton_inside_a_compiled_function_runs_eagerly():
+    def function(x):
+        return 2 * il.softmax(3 * x, method="newton")
+
+    x = draw(2, 3).requires_grad_()
+    y = torch.compile(function, backend="aot_eager")(x)
+    torch.testing.assert_close(y, 2 * torch.softmax(3 * x, -1))
+    g = draw(2, 3, seed=1)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g), torch.autograd.grad(function(x), x, g))
+
+
+def test_newton_refuses_nan_even_where_values_are_not_checked():
+    x = draw(5, 3)
+    x[2, 1] = math.nan
+    with pytest.raises(NonFiniteError):
+        vmap(lambda x: il.softmax(x, method="newton"))(x)
 
 
 # --- masks, huge scores, low precision ------------------------------------------------------------------------------

@@ -36,15 +36,15 @@ def quadratic_program(quick: bool, seed: int, device: torch.device) -> list[dict
         named = dict(zip("QpAbGh", tensors, strict=True))
         exact = exact_qp(program(**named)).z
         reference = torch.autograd.grad((problem.c * exact).sum(), tensors)
-        case = partial(_row, tensors, problem.c, reference, {"problem": "QP", "condition": condition})
+        case = partial(_row, tensors, list(problem), problem.c, reference, {"problem": "QP", "condition": condition})
         with torch.no_grad():
             iterations = int(il.solve_qp(**named).info.iterations.max())
         rows.append(case("implicit", iterations, lambda named=named: il.solve_qp(**named).z))
         if condition == CONDITIONS[1]:
             for mode in UNROLLED:
                 for steps in STEPS_QUICK if quick else STEPS:
-                    solve = partial(_unrolled_qp, named, mode)
-                    rows.append(case(mode, steps, partial(solve, steps), _segment(solve, mode, steps)))
+                    solve = partial(_unrolled_qp, named)
+                    rows.append(case(mode, steps, partial(solve, mode, steps), *_parts(solve, mode, steps)))
     return rows
 
 
@@ -54,7 +54,7 @@ def ridge_regression(quick: bool, seed: int, device: torch.device) -> list[dict[
     tensors = [problem.w.requires_grad_(), problem.alpha.requires_grad_()]
     H = problem.X.mT @ (problem.w[:, None] * problem.X) + problem.alpha * torch.eye(200, device=device).double()
     reference = torch.autograd.grad(problem.c @ torch.linalg.solve(H, problem.y), tensors)
-    case = partial(_row, tensors, problem.c, reference, {"problem": "ridge", "condition": 50.0})
+    case = partial(_row, tensors, list(problem), problem.c, reference, {"problem": "ridge", "condition": 50.0})
     rows = []
     for tol in TOLERANCES[:2] if quick else TOLERANCES:
         solve = partial(_implicit_ridge, problem, tol)
@@ -63,30 +63,34 @@ def ridge_regression(quick: bool, seed: int, device: torch.device) -> list[dict[
         rows.append(case("implicit", iterations, lambda solve=solve: solve().value))
     for mode in UNROLLED:
         for steps in STEPS_QUICK if quick else STEPS:
-            solve = partial(_unrolled_ridge, problem, mode)
-            rows.append(case(mode, steps, partial(solve, steps), _segment(solve, mode, steps)))
+            solve = partial(_unrolled_ridge, problem)
+            rows.append(case(mode, steps, partial(solve, mode, steps), *_parts(solve, mode, steps)))
     return rows
 
 
 def _row(
     tensors: Sequence[Tensor],
+    alive: Sequence[Tensor],
     c: Tensor,
     reference: Sequence[Tensor],
     case: dict[str, Any],
     mode: str,
     iterations: int,
     solve: Solve,
-    segment: tuple[Solve, Solve] | None = None,
+    first: tuple[Solve, Solve] | None = None,
+    segment: Solve | None = None,
 ) -> dict[str, Any]:
     """Bytes held after the forward pass, the most held during the backward pass, gradient error and time.
 
-    A checkpointed graph runs one segment again before it goes through it: the graph of a segment is added to the peak.
+    `first` is one step and two: what the first needs beyond what the second adds is there whatever the number of steps.
+    A checkpointed graph runs one segment again before it goes through it: the graph of a `segment` joins the peak.
     """
-    held = graph_bytes(solve, exclude=[*tensors, c])
-    again = 0
-    if segment is not None:
-        long, none = (graph_bytes(part, exclude=[*tensors, c]) for part in segment)
-        again = long - none
+    held = graph_bytes(solve, exclude=alive)
+    fixed = 0
+    if first is not None:
+        one, two = (graph_bytes(part, exclude=alive) for part in first)
+        fixed = 2 * one - two
+    again = 0 if segment is None else graph_bytes(segment, exclude=alive) - fixed
     gradient = torch.autograd.grad((c * solve()).sum(), tensors)
     times = [
         milliseconds(lambda: torch.autograd.grad((c * solve()).sum(), tensors), c.device)[1]
@@ -96,6 +100,7 @@ def _row(
         **case,
         "mode": mode,
         "iterations": iterations,
+        "fixed_bytes": fixed,
         "held_bytes": held,
         "peak_bytes": held + again,
         "gradient_error": relative_error(gradient, reference),
@@ -103,12 +108,10 @@ def _row(
     }
 
 
-def _segment(solve: Callable[..., Tensor], mode: str, steps: int) -> tuple[Solve, Solve] | None:
-    """One segment of a checkpointed loop run in full, and the same without it."""
-    if mode != "checkpointed":
-        return None
-    full = partial(solve.func, *solve.args[:-1], "full")  # type: ignore[attr-defined]
-    return partial(full, math.ceil(steps / math.ceil(math.sqrt(steps)))), partial(full, 0)
+def _parts(solve: Callable[..., Tensor], mode: str, steps: int) -> tuple[tuple[Solve, Solve], Solve | None]:
+    """One step and two of the loop, and where it is checkpointed one segment of it, all in full."""
+    segment = partial(solve, "full", math.ceil(steps / math.ceil(math.sqrt(steps))))
+    return (partial(solve, "full", 1), partial(solve, "full", 2)), segment if mode == "checkpointed" else None
 
 
 def _unrolled_qp(named: dict[str, Tensor], mode: Any, steps: int) -> Tensor:

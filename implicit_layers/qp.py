@@ -86,9 +86,7 @@ def solve_qp(
     if not isinstance(solver, InteriorPoint):
         raise TypeError(f"solve_qp: solver must be an InteriorPoint, got {type(solver).__name__}")
     Q, p, A, b, G, h = _at_the_door(Q, p, A, b, G, h)
-    z, nu, lam, *_, status, converged, iterations, residual = _QP.apply(
-        _Settings(solver, on_failure), 0.5 * (Q + Q.mT), p, A, b, G, h
-    )
+    z, nu, lam, *_, status, converged, iterations, residual = _QP.apply(_Settings(solver, on_failure), Q, p, A, b, G, h)
     s = h - quadratic.matvec(G, z)
     return QPSolution(z, nu, lam, s, SolveInfo(status, converged, iterations, residual))
 
@@ -149,12 +147,14 @@ class _Settings(NamedTuple):
 
 def _stack_rows(A: Tensor, G: Tensor) -> Tensor:
     """Stack the rows of A and G, both flattened: (N or 1, m, n)."""
+    if A.shape[-2] == 0 or G.shape[-2] == 0:
+        return G if A.shape[-2] == 0 else A
     size = max(A.shape[0], G.shape[0])
     return torch.cat([A.expand(size, -1, -1), G.expand(size, -1, -1)], dim=-2)
 
 
 class _QP(torch.autograd.Function):
-    """(Q, p, A, b, G, h), all of one batch shape, to (z, nu, lam, factors..., info...); Q symmetric."""
+    """(Q, p, A, b, G, h), all of one batch shape, to (z, nu, lam, factors..., info...)."""
 
     @staticmethod
     def forward(
@@ -168,6 +168,7 @@ class _QP(torch.autograd.Function):
                 quadratic.unexpand(t, k, batch).to(torch.float64)
                 for t, k in ((Q, 2), (p, 1), (A, 2), (b, 1), (G, 2), (h, 1))
             ]
+            flat[0] = quadratic.symmetric(flat[0])
             E = _stack_rows(flat[2], flat[4])
             f = _stack_rows(flat[3].unsqueeze(-1), flat[5].unsqueeze(-1)).squeeze(-1)
             chol_q = _cholesky(flat[0], batch)
@@ -175,8 +176,7 @@ class _QP(torch.autograd.Function):
             z, y = result.z.to(dtype), result.y.to(dtype)
             residual = result.info.residual
             if dtype != torch.float64:  # judge what is returned, not what was rounded away
-                free = -quadratic.cholesky_solve(chol_q, flat[1])
-                rounded = quadratic.relative_residual(flat[0], flat[1], E, f, n_eq, z.double(), y.double(), free)
+                rounded = result.program.residual(z.double(), y.double())
                 residual = torch.maximum(residual, rounded).to(dtype)
         status, converged, iterations, _ = (t.reshape(batch) for t in result.info)
         info = SolveInfo(status, converged, iterations, residual.reshape(batch))
@@ -266,6 +266,7 @@ class _KKTSolve(torch.autograd.Function):
         with transforms.full_precision(r_z.device):
             parts = ((chol_q, 2), (chol_schur, 2), (scale, 1), (active, 1), (Q, 2), (A, 2), (G, 2))
             *factor, Q, A, G = (quadratic.unexpand(t, k, batch).to(torch.float64) for t, k in parts)
+            Q = quadratic.symmetric(Q)
             right_y = torch.cat([r_nu, r_lam], dim=-1)
             u_z, u_y = quadratic.solve(
                 quadratic.Factor(*factor),
@@ -315,7 +316,7 @@ def _change_of_residual(
     """Move the matrices' tangents to the right-hand side: −(dQ z + dAᵀν + dGᵀλ), −dA z, −dG z."""
     r_z, r_nu, r_lam = torch.zeros_like(z), torch.zeros_like(nu), torch.zeros_like(lam)
     if d_Q is not None:
-        r_z = r_z - quadratic.matvec(d_Q, z)
+        r_z = r_z - 0.5 * (quadratic.matvec(d_Q, z) + quadratic.transposed_matvec(d_Q, z))
     if d_A is not None:
         r_z = r_z - quadratic.transposed_matvec(d_A, nu)
         r_nu = r_nu - quadratic.matvec(d_A, z)

@@ -48,6 +48,7 @@ class Reduced(NamedTuple):
     schur: Tensor  # (N or 1, m, m): S = D E Q⁻¹ Eᵀ D, unit diagonal
     scale: Tensor  # (N or 1, m): the diagonal of D
     violation: Tensor  # (N or 1, m): t = D (E z⁰ − f), distances in the norm of Q
+    entry: Tensor  # (N or 1,): the largest entry of E
 
 
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, n) -> (*B, m)
@@ -75,10 +76,12 @@ def largest(vector: Tensor) -> Tensor:  # (*B, m) -> (*B,)
 
 
 def cholesky_solve(factor: Tensor, vector: Tensor) -> Tensor:  # (*B, n, n), (*B, n) -> (*B, n)
-    """Solve L Lᵀ x = vector."""
-    if factor.shape[0] == 1 and factor.ndim == 3 and vector.shape[0] > 1:  # one matrix, many right-hand sides
-        return torch.cholesky_solve(vector.mT, factor[0]).mT
-    return torch.cholesky_solve(vector.unsqueeze(-1), factor).squeeze(-1)
+    """Solve L Lᵀ x = vector; two triangular solves, since `torch.cholesky_solve` copies its factor first."""
+    shared = factor.ndim == 3 and factor.shape[0] == 1 and vector.shape[0] != 1  # one matrix, many right-hand sides
+    lower, right = (factor[0], vector.mT) if shared else (factor, vector.unsqueeze(-1))
+    half = torch.linalg.solve_triangular(lower, right, upper=False)
+    solution = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return solution.mT if shared else solution.squeeze(-1)
 
 
 def residual(
@@ -127,10 +130,12 @@ def parameter_gradients(
     """Turn an adjoint v and a point into the gradients of Q, A and G, skipping those not needed.
 
     d(point) = K⁻¹ r with r_z = −(dQ z + dAᵀν + dGᵀλ), r_ν = −dA z, r_λ = −dG z; so ⟨v, r⟩ gives the outer products.
+    Only the symmetric part of Q counts, so its gradient is symmetric: −½(v_z zᵀ + z v_zᵀ).
     """
-    grad_Q = -outer(v_z, z) if needed[0] else None
-    grad_A = -(outer(nu, v_z) + outer(v_nu, z)) if needed[1] else None
-    grad_G = -(outer(lam, v_z) + outer(v_lam, z)) if needed[2] else None
+    right = torch.stack([v_z, z], dim=-2) if any(needed) else z
+    grad_Q = torch.stack([z, v_z], dim=-1).mul(-0.5) @ right if needed[0] else None
+    grad_A = torch.stack([nu, v_nu], dim=-1).neg() @ right if needed[1] else None
+    grad_G = torch.stack([lam, v_lam], dim=-1).neg() @ right if needed[2] else None
     return grad_Q, grad_A, grad_G
 
 
@@ -138,23 +143,21 @@ def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor) -> Reduced:
     """Eliminate z: one triangular solve for all rows and one product."""
     free = -cholesky_solve(chol_q, p)
     half = torch.linalg.solve_triangular(chol_q, E.mT, upper=False)  # L⁻¹Eᵀ, (N or 1, n, m)
-    schur = half.mT @ half
-    diagonal = schur.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-    schur = scale.unsqueeze(-1) * schur * scale.unsqueeze(-2)
-    return Reduced(chol_q, free, schur, scale, scale * (matvec(E, free) - f))
+    length = torch.linalg.vector_norm(half, dim=-2)
+    scale = torch.where(length > 0, length, 1.0).reciprocal()
+    half = half * scale.unsqueeze(-2)
+    entry = torch.linalg.vector_norm(E, torch.inf, dim=(-2, -1)) if E.shape[-2] else E.new_zeros(E.shape[0])
+    return Reduced(chol_q, free, half.mT @ half, scale, scale * (matvec(E, free) - f), entry)
 
 
 def factorise(chol_q: Tensor, schur: Tensor, scale: Tensor, active: Tensor, ridge: float) -> tuple[Factor, Tensor]:
     """Factor the Schur complement on the active rows; also returns where it was positive definite, (N,)."""
-    masked = schur * active.unsqueeze(-1) * active.unsqueeze(-2)
+    masked = (schur * active.unsqueeze(-1)).mul_(active.unsqueeze(-2))
     masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - active + ridge)
     chol_schur, info = torch.linalg.cholesky_ex(masked)
     positive = info == 0
-    pivots = chol_schur.diagonal(dim1=-2, dim2=-1)
-    positive = positive & (pivots.amin(-1) ** 2 > 1e-13) if pivots.shape[-1] else positive
-    identity = torch.eye(schur.shape[-1], dtype=schur.dtype, device=schur.device)
-    chol_schur = torch.where(positive[:, None, None], chol_schur, identity)
+    if schur.shape[-1]:
+        positive = positive & (chol_schur.diagonal(dim1=-2, dim2=-1).amin(-1) ** 2 > 1e-13)
     return Factor(chol_q, chol_schur, scale, active), positive
 
 
@@ -178,32 +181,35 @@ def solve(factor: Factor, Q: Tensor, E: Tensor, r_z: Tensor, r_y: Tensor, refine
 
 
 def relative_residual(
-    Q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, z: Tensor, y: Tensor, free: Tensor
+    p: Tensor, f: Tensor, y: Tensor, n_eq: int, curved: Tensor, pulled: Tensor, image: Tensor, size: Tensor
 ) -> Tensor:
     """Measure the KKT residual relative to the data, (N,): free of units, 0 where the data are all zero.
 
-    Stationarity is relative to its largest term, feasibility to the largest of |f| and |E| max(|z|, |z⁰|), with z⁰ the
-    minimum without constraints; the sign of λ to the largest dual, complementarity to the product of the two scales.
+    From curved = Qz, pulled = Eᵀy, image = Ez, size = max|E| max(|z|, |z⁰|), with z⁰ the minimum without constraints.
+    Stationarity is relative to its largest term, feasibility to the larger of |f| and `size`, the sign of λ to the
+    largest dual, complementarity to the product of the last two.
     """
 
     def ratio(value: Tensor, scale: Tensor) -> Tensor:
         return torch.where(value > 0, value / scale.clamp(min=torch.finfo(value.dtype).tiny), 0.0)
 
-    curved, pulled = matvec(Q, z), transposed_matvec(E, y)
-    gap = matvec(E, z) - f
+    gap = image - f
     over = torch.cat([gap[..., :n_eq].abs(), gap[..., n_eq:].clamp(min=0)], dim=-1)
     lam = y[..., n_eq:]
-    entries = largest(E.abs().amax(-1)) if E.shape[-2] else E.new_zeros(E.shape[0])
-    primal_scale = torch.maximum(largest(f), entries * torch.maximum(largest(z), largest(free)))
-    dual_scale = largest(y)
+    primal_scale, dual_scale = torch.maximum(largest(f), size), largest(y)
     parts = [
-        ratio(largest(curved + p + pulled), torch.maximum(largest(curved), torch.maximum(largest(p), largest(pulled)))),
+        ratio(largest(curved + p + pulled), largest(torch.cat([curved, p.expand_as(curved), pulled], dim=-1))),
         ratio(largest(over), primal_scale),
         ratio(largest(lam.clamp(max=0)), dual_scale),
         ratio(largest(lam * gap[..., n_eq:]), primal_scale * dual_scale),
     ]
     worst = torch.stack(torch.broadcast_tensors(*parts)).amax(0)
     return torch.where(torch.isfinite(worst), worst, torch.inf)
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """Take the symmetric part."""
+    return (matrix + matrix.mT) * 0.5
 
 
 def unexpand(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:

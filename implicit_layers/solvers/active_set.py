@@ -41,6 +41,16 @@ class Program(NamedTuple):
         Q, p, E, f, n_eq, reduced = self
         return Program(pick(Q), pick(p), pick(E), pick(f), n_eq, quadratic.Reduced(*map(pick, reduced)))
 
+    def size(self, z: Tensor) -> Tensor:  # (k, n) -> (k,)
+        """Bound the terms of E z, for z and for the minimum without constraints."""
+        return self.reduced.entry * torch.maximum(quadratic.largest(z), quadratic.largest(self.reduced.free))
+
+    def residual(self, z: Tensor, y: Tensor) -> Tensor:  # (k, n), (k, m) -> (k,)
+        """Measure the relative KKT residual at a point."""
+        curved, pulled = quadratic.matvec(self.Q, z), quadratic.transposed_matvec(self.E, y)
+        image = quadratic.matvec(self.E, z)
+        return quadratic.relative_residual(self.p, self.f, y, self.n_eq, curved, pulled, image, self.size(z))
+
 
 class ActiveSetPoint(NamedTuple):
     """What one solve on a guessed active set gives, one entry a program."""
@@ -57,24 +67,30 @@ class ActiveSetPoint(NamedTuple):
 def solve_on(
     program: Program, active: Tensor, y: Tensor, *, tol: float, sign_tol: float, refine: int, ridge: float = 0.0
 ) -> ActiveSetPoint:
-    """Solve on the active rows, refined from the duals `y`, and judge the answer by its KKT conditions."""
+    """Solve on the active rows, with a ridge next to the duals `y`, and judge the answer by its KKT conditions."""
     Q, p, E, f, n_eq, reduced = program
     factor, independent = quadratic.factorise(reduced.chol_q, reduced.schur, reduced.scale, active, ridge)
-    y = active * y
+    if ridge:  # next to the duals at hand; without a ridge there is one answer, and zero data must give exact zeros
+        start = active * y / reduced.scale
+        right = active * (reduced.violation - quadratic.matvec(reduced.schur, start))
+        dual = start + quadratic.cholesky_solve(factor.chol_schur, right)
+    else:
+        dual = quadratic.cholesky_solve(factor.chol_schur, active * reduced.violation)
+    y = reduced.scale * dual
     z = reduced.free - quadratic.cholesky_solve(reduced.chol_q, quadratic.transposed_matvec(E, y))
-    for _ in range(1 + refine):
-        left_z = -(quadratic.matvec(Q, z) + p + quadratic.transposed_matvec(E, y))
-        left_y = active * (f - quadratic.matvec(E, z))
-        step_z, step_y = quadratic.solve_once(factor, E, left_z, left_y)
+    curved, pulled, image = quadratic.matvec(Q, z), quadratic.transposed_matvec(E, y), quadratic.matvec(E, z)
+    for _ in range(refine):
+        step_z, step_y = quadratic.solve_once(factor, E, -(curved + p + pulled), active * (f - image))
         z, y = z + step_z, y + step_y
+        curved, pulled, image = quadratic.matvec(Q, z), quadratic.transposed_matvec(E, y), quadratic.matvec(E, z)
     dual = y / reduced.scale
-    slack = reduced.scale * (f - quadratic.matvec(E, z))
+    slack = reduced.scale * (f - image)
     unit = sign_tol * torch.maximum(quadratic.largest(dual), quadratic.largest(reduced.violation)).unsqueeze(-1)
     inequality = torch.arange(active.shape[-1], device=active.device) >= n_eq
     leave = inequality & (active > 0) & (dual < -unit)
     enter = inequality & (active == 0) & (slack < -unit)
+    residual = quadratic.relative_residual(p, f, y, n_eq, curved, pulled, image, program.size(z))
     y = torch.where(inequality, y.clamp(min=0.0), y)
-    residual = quadratic.relative_residual(Q, p, E, f, n_eq, z, y, reduced.free)
     accepted = independent & ~(leave | enter).any(-1) & (residual <= tol)
     corrected = torch.where(leave, 0.0, torch.where(enter, 1.0, active))
     return ActiveSetPoint(z, y, factor, residual, accepted, independent, corrected)
@@ -88,12 +104,18 @@ class Answers:
         like = program.reduced.schur
         self.z = like.new_zeros(batch, n)
         self.y = like.new_zeros(batch, m)
-        self.chol_schur = torch.eye(m, dtype=like.dtype, device=like.device).repeat(batch, 1, 1)
+        self.chol_schur = like.new_empty(0)  # made when needed: it is the largest
         self.active = like.new_zeros(batch, m)
         self.residual = like.new_full((batch,), torch.inf)
         self.iterations = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.status = torch.full((batch,), int(Status.NOT_CONVERGED), dtype=torch.int8, device=like.device)
         self.degenerate = torch.zeros(batch, dtype=torch.bool, device=like.device)
+
+    def fill_factor(self) -> None:
+        """Make room for the factors; those of failed programs stay the identity."""
+        if self.chol_schur.numel() == 0:
+            m = self.y.shape[-1]
+            self.chol_schur = torch.eye(m, dtype=self.y.dtype, device=self.y.device).repeat(self.y.shape[0], 1, 1)
 
     def settle(
         self,
@@ -148,10 +170,7 @@ class Answers:
         z = reduced.free - quadratic.cholesky_solve(reduced.chol_q, quadratic.transposed_matvec(program.E, y))
         self.z[index] = torch.nan_to_num(z)
         self.y[index] = torch.nan_to_num(y)
-        residual = quadratic.relative_residual(
-            program.Q, program.p, program.E, program.f, program.n_eq, self.z[index], self.y[index], reduced.free
-        )
-        self.residual[index] = residual
+        self.residual[index] = program.residual(self.z[index], self.y[index])
         inequality = torch.arange(y.shape[-1], device=y.device) >= program.n_eq
         dual = _unit(self.y[index] / reduced.scale)
         support = (~inequality | (dual > 1e-6)).to(dual.dtype)
@@ -172,10 +191,16 @@ class Answers:
     def _keep(self, index: Tensor, point: ActiveSetPoint, where: Tensor) -> None:
         """Write down the accepted points."""
         rows = where.nonzero().squeeze(-1)
+        if not rows.numel():
+            return
         to = index[rows]
+        if rows.numel() == self.z.shape[0]:  # all at once: nothing to copy
+            self.chol_schur = point.factor.chol_schur
+        else:
+            self.fill_factor()
+            self.chol_schur[to] = point.factor.chol_schur[rows]
         self.z[to] = point.z[rows]
         self.y[to] = point.y[rows]
-        self.chol_schur[to] = point.factor.chol_schur[rows]
         self.active[to] = point.factor.active[rows]
         self.residual[to] = point.residual[rows]
         self.status[to] = int(Status.CONVERGED)

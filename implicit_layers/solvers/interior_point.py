@@ -40,6 +40,7 @@ class _Phase(NamedTuple):
 
 
 _PHASES = (
+    _Phase(1e-3, 1e-12, 1, balanced=False, dependent=False),
     _Phase(1e-6, 1e-12, 1, balanced=False, dependent=False),
     _Phase(1e-9, 1e-12, 1, balanced=True, dependent=False),
     _Phase(1e-12, 1e-11, 3, balanced=False, dependent=True),
@@ -57,6 +58,7 @@ class QPResult(NamedTuple):
     factor: quadratic.Factor
     degenerate: Tensor  # (N,) bool: the active rows depend on each other, so the duals are not unique
     info: SolveInfo
+    program: Program
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,11 @@ class InteriorPoint:
                 self._solve_equalities(program, answers)
             else:
                 self._solve_inequalities(program, answers)
+        answers.fill_factor()
         factor = quadratic.Factor(chol_q, answers.chol_schur, program.reduced.scale, answers.active)
         converged = answers.status == int(Status.CONVERGED)
         info = SolveInfo(answers.status, converged, answers.iterations, answers.residual)
-        return QPResult(answers.z, answers.y, factor, answers.degenerate, info)
+        return QPResult(answers.z, answers.y, factor, answers.degenerate, info, program)
 
     def _solve_equalities(self, program: Program, answers: Answers) -> None:
         """One solve; where the rows depend on each other, one more with a ridge."""
@@ -147,7 +150,7 @@ class _CentralPath:
             self.chol_eq = torch.where(weak[:, None, None], torch.linalg.cholesky_ex(corner + ridge)[0], self.chol_eq)
         across = torch.linalg.solve_triangular(self.chol_eq, schur[:, :n_eq, n_eq:], upper=False)
         half = torch.linalg.solve_triangular(self.chol_eq, violation[:, :n_eq, None], upper=False)
-        self.R = schur[:, n_eq:, n_eq:] - across.mT @ across
+        self.R = torch.baddbmm(schur[:, n_eq:, n_eq:], across.mT, across, alpha=-1)
         w = (across.mT @ half).squeeze(-1) - violation[:, n_eq:]
         self.unit = torch.where((w != 0).any(-1), w.abs().amax(-1), 1.0)[:, None]
         self.w = (w / self.unit).expand(batch, -1)

@@ -4,7 +4,27 @@ __version__ = "0.1.0"
 
 from implicit_layers import nn as nn
 from implicit_layers import testing as testing
+from implicit_layers.errors import CapturedTensorError as CapturedTensorError
+from implicit_layers.errors import ConvergenceError as ConvergenceError
+from implicit_layers.errors import ConvergenceWarning as ConvergenceWarning
+from implicit_layers.errors import DegenerateGradientWarning as DegenerateGradientWarning
+from implicit_layers.errors import DeviceError as DeviceError
+from implicit_layers.errors import DtypeError as DtypeError
+from implicit_layers.errors import ImplicitLayersError as ImplicitLayersError
+from implicit_layers.errors import ImplicitLayersWarning as ImplicitLayersWarning
+from implicit_layers.errors import InfeasibleError as InfeasibleError
+from implicit_layers.errors import MissingDependencyError as MissingDependencyError
+from implicit_layers.errors import NonFiniteError as NonFiniteError
+from implicit_layers.errors import NotPositiveDefiniteError as NotPositiveDefiniteError
+from implicit_layers.errors import ShapeError as ShapeError
+from implicit_layers.errors import SingularAdjointError as SingularAdjointError
+from implicit_layers.errors import SolveError as SolveError
+from implicit_layers.errors import UnboundedError as UnboundedError
 from implicit_layers.qp import solve_qp as solve_qp
 from implicit_layers.simplex import softmax as softmax
+from implicit_layers.solution import QPSolution as QPSolution
+from implicit_layers.solution import Solution as Solution
+from implicit_layers.solution import SolveInfo as SolveInfo
+from implicit_layers.solution import Status as Status
 from implicit_layers.solvers.interior_point import InteriorPoint as InteriorPoint
 from implicit_layers.unrolled import unroll as unroll

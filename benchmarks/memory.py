@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import implicit_layers as il
 from benchmarks.measure import spread
 from benchmarks.problems import QP, Ridge, ridge
+from implicit_layers.implicit import argmin
+from implicit_layers.linalg import Cholesky
 from implicit_layers.measure import graph_bytes, milliseconds, relative_error
+from implicit_layers.qp import solve_qp
 from implicit_layers.reference import exact_qp, program
+from implicit_layers.solution import Solution
+from implicit_layers.solvers.gradient_descent import GradientDescent
+from implicit_layers.testing import random_qp
 from implicit_layers.unrolled import unroll, unrolled_qp
 
 STEPS = (10, 20, 40, 80, 160, 320, 640, 1280)
@@ -30,7 +35,7 @@ def quadratic_program(quick: bool, seed: int, device: torch.device) -> list[dict
     """`il.solve_qp` on programs that need more and more iterations, and unrolled ADMM on the second of them."""
     rows = []
     for condition in CONDITIONS[:2] if quick else CONDITIONS:
-        drawn = il.testing.random_qp(20, 20, 5, batch=(32,), condition=condition, seed=seed)
+        drawn = random_qp(20, 20, 5, batch=(32,), condition=condition, seed=seed)
         problem = QP(*(tensor.to(device) for tensor in drawn[:6]), drawn.z.to(device).cos())
         tensors = [tensor.requires_grad_() for tensor in problem[:6]]
         named = dict(zip("QpAbGh", tensors, strict=True))
@@ -38,8 +43,8 @@ def quadratic_program(quick: bool, seed: int, device: torch.device) -> list[dict
         reference = torch.autograd.grad((problem.c * exact).sum(), tensors)
         case = partial(_row, tensors, list(problem), problem.c, reference, {"problem": "QP", "condition": condition})
         with torch.no_grad():
-            iterations = int(il.solve_qp(**named).info.iterations.max())
-        rows.append(case("implicit", iterations, lambda named=named: il.solve_qp(**named).z))
+            iterations = int(solve_qp(**named).info.iterations.max())
+        rows.append(case("implicit", iterations, lambda named=named: solve_qp(**named).z))
         if condition == CONDITIONS[1]:
             for mode in UNROLLED:
                 for steps in STEPS_QUICK if quick else STEPS:
@@ -127,16 +132,16 @@ def descent_step(z: Tensor, w: Tensor, alpha: Tensor, X: Tensor, y: Tensor) -> T
     return z - (X.mT @ (w * (X @ z)) + alpha * z - y)
 
 
-def _implicit_ridge(problem: Ridge, tol: float) -> il.solution.Solution:
-    return il.argmin(
+def _implicit_ridge(problem: Ridge, tol: float) -> Solution:
+    return argmin(
         objective,
         torch.zeros_like(problem.y),
         problem.w,
         problem.alpha,
         problem.X,
         problem.y,
-        solver=il.GradientDescent(step=1.0, tol=tol),
-        linear_solver=il.Cholesky(),
+        solver=GradientDescent(step=1.0, tol=tol),
+        linear_solver=Cholesky(),
     )
 
 

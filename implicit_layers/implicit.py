@@ -236,9 +236,7 @@ def _enter_at_solution(
     what: str,
 ) -> Entrance:
     """The door for a solution that is already there."""
-    return enter(
-        "root", residual, z, theta, what=what, linear_solver=linear_solver, batch_dims=batch_dims, z_name="z"
-    )
+    return enter("root", residual, z, theta, what=what, linear_solver=linear_solver, batch_dims=batch_dims, z_name="z")
 
 
 def _like(x: Tensor, other: Tensor, name: str) -> Tensor:

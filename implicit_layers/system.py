@@ -456,9 +456,7 @@ def pull_back(
     with torch.autocast(z.device.type, enabled=False):
         if system.on_failure != "raise":
             g = _masked(converged, g, 0.0)
-        u = apply(
-            system.transposed_system(), torch.zeros_like(g), *system.linear_parameters(z, g, parameters)
-        )[0]
+        u = apply(system.transposed_system(), torch.zeros_like(g), *system.linear_parameters(z, g, parameters))[0]
         chosen = [i for i, need in enumerate(needed) if need]
 
         def F(*some: Tensor) -> Tensor:
@@ -490,6 +488,6 @@ def push_forward(
         moved = pushforward(F, [parameters[i] for i in chosen], [tangents[i] for i in chosen], z)
         if system.on_failure != "raise":
             moved = _masked(converged, moved, 0.0)
-        return apply(
-            system.tangent_system(), torch.zeros_like(moved), *system.linear_parameters(z, moved, parameters)
-        )[0]
+        return apply(system.tangent_system(), torch.zeros_like(moved), *system.linear_parameters(z, moved, parameters))[
+            0
+        ]

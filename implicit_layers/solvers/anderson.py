@@ -46,9 +46,7 @@ class Anderson(Method):
         if self.memory < 1 or not 0 < self.mixing <= 1:
             raise ValueError(f"memory must be at least 1 and 0 < mixing ≤ 1, got {self.memory} and {self.mixing}")
 
-    def __call__(
-        self, step: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None
-    ) -> Solution:
+    def __call__(self, step: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None) -> Solution:
         """See `fixed_point`."""
         return self.fixed_point(step, z0, *theta, batch_dims=batch_dims)
 

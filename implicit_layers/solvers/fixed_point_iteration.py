@@ -37,9 +37,7 @@ class FixedPointIteration(Method):
         if not 0 <= self.damping < 1:
             raise ValueError(f"damping must be at least 0 and below 1, got {self.damping}")
 
-    def __call__(
-        self, step: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None
-    ) -> Solution:
+    def __call__(self, step: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None) -> Solution:
         """See `fixed_point`."""
         return self.fixed_point(step, z0, *theta, batch_dims=batch_dims)
 

@@ -71,9 +71,7 @@ class Newton(Method):
         with torch.no_grad():
             return self._argmin(objective, z0, theta, Rows(z0.shape, resolve_batch_dims(z0, batch_dims)))
 
-    def _root(
-        self, residual: Callable[..., Tensor], z0: Tensor, theta: tuple[Any, ...], rows: Rows
-    ) -> Solution:
+    def _root(self, residual: Callable[..., Tensor], z0: Tensor, theta: tuple[Any, ...], rows: Rows) -> Solution:
         """`root` below the door."""
         f, terms = rows.residual(residual, theta), Terms(rows, residual, z0, theta)
         tol = tolerance(self.tol, z0.dtype)
@@ -98,9 +96,7 @@ class Newton(Method):
         F = f(y)  # once more, all together: coupled problems do not pass one by one
         return outcome(rows, y, F, terms.size(y, F), solved, iterations, self.tol)
 
-    def _argmin(
-        self, objective: Callable[..., Tensor], z0: Tensor, theta: tuple[Any, ...], rows: Rows
-    ) -> Solution:
+    def _argmin(self, objective: Callable[..., Tensor], z0: Tensor, theta: tuple[Any, ...], rows: Rows) -> Solution:
         """`argmin` below the door."""
         slope = gradient(objective)
         f, g = rows.objective(objective, theta), rows.residual(slope, theta)

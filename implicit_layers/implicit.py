@@ -50,6 +50,7 @@ def root(
     Returns:  the solution, with the shape, dtype and device of z0, and how it was found, one entry a problem.
     Gradient: g_θ = F_θᵀ u with Jᵀu = −g, J = ∂F/∂z; to any order, forward and reverse. Every linear solve is checked
         with the true operator, so that a singular J, or problems that are coupled after all, raise.
+
     Raises:
         CapturedTensorError: F depends on a tensor that requires grad and is not an argument.
         ConvergenceError: a problem did not converge.
@@ -240,7 +241,7 @@ def _enter_at_solution(
 
 
 def _like(x: Tensor, other: Tensor, name: str) -> Tensor:
-    """x is a floating-point tensor with the shape of the other."""
+    """X is a floating-point tensor with the shape of the other."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise DtypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.shape != other.shape:

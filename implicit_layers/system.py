@@ -351,7 +351,7 @@ def _refuse(
 
 
 def _masked(mask: Tensor, x: Tensor, otherwise: Tensor | float) -> Tensor:
-    """x where the problem's entry of the mask is true."""
+    """X where the problem's entry of the mask is true."""
     return torch.where(mask.reshape((*mask.shape, *[1] * (x.ndim - mask.ndim))), x, otherwise)
 
 
@@ -429,7 +429,8 @@ class _Solve(torch.autograd.Function):
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The solution, which problems were solved, and the parameters; failed problems stand at their start, where F is
-    known to be finite."""
+    known to be finite.
+    """
     z, converged, *rest = ctx.saved_tensors
     if ctx.system.may_fail:
         z0, *rest = rest

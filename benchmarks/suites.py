@@ -76,12 +76,16 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def slopes(rows: Rows) -> dict[str, float]:
-    """The exponent of memory in the number of iterations, one a problem and mode of the memory suite."""
-    groups: dict[str, list[tuple[float, float]]] = {}
+    """The exponent of memory in the number of iterations, one a problem and mode of the memory suite.
+
+    Memory that no iteration adds to (`fixed_bytes`, the factors of an unrolled QP) is taken off first.
+    """
+    groups: dict[str, list[tuple[int, int]]] = {}
     for row in rows:
-        groups.setdefault(f"{row['problem']}: {row['mode']}", []).append((row["iterations"], row["peak_bytes"]))
+        point = (row["iterations"], row["peak_bytes"] - row["fixed_bytes"])
+        groups.setdefault(f"{row['problem']}: {row['mode']}", []).append(point)
     return {
         name: round(slope(*zip(*points, strict=True)), 3)
         for name, points in groups.items()
-        if len({k for k, _ in points}) > 1
+        if len({iterations for iterations, _ in points}) > 1
     }

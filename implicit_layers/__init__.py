@@ -1,5 +1,7 @@
 """Layers defined by a condition: the output solves a system, the gradient comes from the implicit function theorem."""
 
+from implicit_layers import nn as nn
+from implicit_layers import testing as testing
 from implicit_layers.conditions import IFTReport as IFTReport
 from implicit_layers.conditions import check_ift as check_ift
 from implicit_layers.errors import CapturedTensorError as CapturedTensorError
@@ -30,26 +32,18 @@ from implicit_layers.krylov import Neumann as Neumann
 from implicit_layers.linalg import Cholesky as Cholesky
 from implicit_layers.linalg import Direct as Direct
 from implicit_layers.linalg import LeastSquares as LeastSquares
+from implicit_layers.qp import solve_qp as solve_qp
+from implicit_layers.simplex import softmax as softmax
 from implicit_layers.solution import QPSolution as QPSolution
 from implicit_layers.solution import Solution as Solution
 from implicit_layers.solution import SolveInfo as SolveInfo
+from implicit_layers.solution import Status as Status
 from implicit_layers.solvers import LBFGS as LBFGS
 from implicit_layers.solvers import Anderson as Anderson
 from implicit_layers.solvers import FixedPointIteration as FixedPointIteration
 from implicit_layers.solvers import GradientDescent as GradientDescent
+from implicit_layers.solvers import InteriorPoint as InteriorPoint
 from implicit_layers.solvers import Newton as Newton
+from implicit_layers.unrolled import unroll as unroll
 
 __version__ = "0.1.0"
-
-from implicit_layers import nn as nn
-from implicit_layers import testing as testing
-from implicit_layers.qp import solve_qp as solve_qp
-from implicit_layers.simplex import softmax as softmax
-from implicit_layers.solution import Status as Status
-from implicit_layers.solvers.anderson import Anderson as Anderson
-from implicit_layers.solvers.fixed_point_iteration import FixedPointIteration as FixedPointIteration
-from implicit_layers.solvers.gradient_descent import GradientDescent as GradientDescent
-from implicit_layers.solvers.interior_point import InteriorPoint as InteriorPoint
-from implicit_layers.solvers.lbfgs import LBFGS as LBFGS
-from implicit_layers.solvers.newton import Newton as Newton
-from implicit_layers.unrolled import unroll as unroll

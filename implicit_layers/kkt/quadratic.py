@@ -209,7 +209,7 @@ def relative_residual(
 
 def symmetric(matrix: Tensor) -> Tensor:
     """Take the symmetric part."""
-    return (matrix + matrix.mT) * 0.5
+    return (0.5 * matrix).add(matrix.mT, alpha=0.5)
 
 
 def unexpand(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:

@@ -1,0 +1,32 @@
+"""Code that `torch.compile` must not look into: solvers stop on data, which a compiled graph cannot."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, always run eagerly; a compiled caller's graph ends at it and goes on after.
+
+    The compiler takes seconds to import, so it is not asked for unless it is there already.
+    """
+    disabled: Callable[P, R] | None = None
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    return run

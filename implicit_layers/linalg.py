@@ -1,0 +1,204 @@
+"""Linear solvers: A x = rhs for a batch of independent systems, the operator seen only through its products or blocks.
+
+A linear solver is a frozen dataclass with one method, `solve(operator, rhs, on_failure=...)`. The operator offers
+`matvec` (A v), `rmatvec` (Aᵀ v), `dense()` (the blocks, (*B, n, n)), `batch_shape` and `n`; rhs and the result are
+(*K, *B, n), K being further right-hand sides for the same operator. Direct methods are here, iterative ones in
+`krylov`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from implicit_layers import checks
+from implicit_layers.errors import NotPositiveDefiniteError, ShapeError, SingularAdjointError
+from implicit_layers.solution import OnFailure
+
+DENSE_LIMIT = 512  # unknowns a problem up to which the default forms the Jacobian
+
+
+class Operator(Protocol):
+    """A linear map of (*K, *B, n) tensors, block diagonal over the batch."""
+
+    @property
+    def batch_shape(self) -> torch.Size: ...  # noqa: D102
+    @property
+    def n(self) -> int: ...  # noqa: D102
+    def matvec(self, v: Tensor) -> Tensor: ...  # noqa: D102
+    def rmatvec(self, v: Tensor) -> Tensor: ...  # noqa: D102
+    def dense(self) -> Tensor: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """An operator given by its blocks; for using the linear solvers on matrices one has.
+
+    >>> Direct().solve(Matrix(2.0 * torch.eye(2)), torch.ones(2))
+    tensor([0.5000, 0.5000])
+    """
+
+    blocks: Tensor  # (*B, n, n)
+
+    def __post_init__(self) -> None:
+        checks.floating_tensors(blocks=self.blocks)
+        if self.blocks.ndim < 2 or self.blocks.shape[-1] != self.blocks.shape[-2]:
+            raise ShapeError(f"blocks must have shape (*B, n, n), got {tuple(self.blocks.shape)}")
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """*B."""
+        return self.blocks.shape[:-2]
+
+    @property
+    def n(self) -> int:
+        """Unknowns a problem."""
+        return self.blocks.shape[-1]
+
+    def matvec(self, v: Tensor) -> Tensor:  # (*K, *B, n) -> (*K, *B, n)
+        """A v."""
+        return (self.blocks @ v.unsqueeze(-1)).squeeze(-1)
+
+    def rmatvec(self, v: Tensor) -> Tensor:  # (*K, *B, n) -> (*K, *B, n)
+        """Aᵀ v."""
+        return (self.blocks.mT @ v.unsqueeze(-1)).squeeze(-1)
+
+    def dense(self) -> Tensor:  # (*B, n, n)
+        """The blocks."""
+        return self.blocks
+
+
+class LinearSolver:
+    """Base of the linear solvers. One that has a field `tol` also says by it which relative residual is agreed to."""
+
+    def solve(self, operator: Operator, rhs: Tensor, *, on_failure: OnFailure = "raise") -> Tensor:
+        """Solve A x = rhs.
+
+        Args:
+            operator:    A, as described in this module's docstring, or a `Matrix`.
+            rhs:         (*K, *B, n).
+            on_failure:  with "raise" a system without a solution raises; else its entries of the result are NaN or
+                         the last iterate, and the others are untouched.
+
+        Returns:  x, with the shape of `rhs`.
+        Raises:   SingularAdjointError or NotPositiveDefiniteError: names the first system that has no solution.
+        """
+        raise NotImplementedError
+
+
+def columns_last(operator: Operator, rhs: Tensor) -> Tensor:  # (*K, *B, n) -> (*B, n, prod K)
+    """The right-hand sides as the columns of one matrix a problem."""
+    kept = len(operator.batch_shape) + 1
+    flat = rhs.reshape(prod(rhs.shape[: rhs.ndim - kept]), *rhs.shape[rhs.ndim - kept :])
+    return flat.movedim(0, -1)
+
+
+def columns_first(x: Tensor, rhs: Tensor) -> Tensor:  # (*B, n, prod K) -> (*K, *B, n)
+    """Undo `columns_last`."""
+    return x.movedim(-1, 0).reshape(rhs.shape)
+
+
+def refuse(bad: Tensor, message: str, error: type[Exception] = SingularAdjointError) -> None:
+    """Raise, naming the first bad system of the batch, if there is one."""
+    if checks.host_bool(bad.any()):
+        raise error(f"{message}: {int(bad.sum())} of {bad.numel()} systems, first at index {checks.index_of(bad)}")
+
+
+@dataclass(frozen=True)
+class Direct(LinearSolver):
+    """Dense factorisation of each block: LU (one matrix, or a GPU), QR (a batch on the CPU), one step of refinement.
+
+    Cost:  n products to form each block, then O(n³) a problem; every right-hand side reuses the factor.
+
+    >>> Direct().solve(Matrix(torch.tensor([[0.0, 2.0], [1.0, 0.0]])), torch.tensor([2.0, 3.0]))
+    tensor([3., 1.])
+    """
+
+    def solve(self, operator: Operator, rhs: Tensor, *, on_failure: OnFailure = "raise") -> Tensor:
+        """See `LinearSolver.solve`; a singular block gives a result that is not finite."""
+        A, b = operator.dense(), columns_last(operator, rhs)
+        if b.numel() == 0:
+            return torch.zeros_like(rhs)
+        if operator.n == 1:
+            x = b / A
+        elif A.is_cuda or prod(A.shape[:-2]) == 1:
+            # a single matrix keeps LAPACK's loop out of the batch: batched LU hangs on some CPU builds
+            shape = b.shape
+            if not A.is_cuda:
+                A, b = A.reshape(A.shape[-2:]), b.reshape(b.shape[-2:])
+            LU, pivots, _ = torch.linalg.lu_factor_ex(A)
+            x = torch.linalg.lu_solve(LU, pivots, b)
+            x = (x + torch.linalg.lu_solve(LU, pivots, b - A @ x)).reshape(shape)
+        else:
+            Q, R = torch.linalg.qr(A)
+            x = torch.linalg.solve_triangular(R, Q.mT @ b, upper=True)
+            x = x + torch.linalg.solve_triangular(R, Q.mT @ (b - A @ x), upper=True)
+        if on_failure == "raise":
+            bad = torch.isfinite(b.reshape(x.shape)).all(-2) & ~torch.isfinite(x).all(-2)
+            refuse(bad.any(-1), "Direct: the matrix is singular")
+        return columns_first(x, rhs)
+
+
+@dataclass(frozen=True)
+class Cholesky(LinearSolver):
+    """Dense Cholesky factorisation of each symmetric positive definite block, one step of refinement.
+
+    Cost:  n products to form each block, then n³/3 a problem; every right-hand side reuses the factor.
+
+    >>> Cholesky().solve(Matrix(torch.tensor([[2.0, 1.0], [1.0, 2.0]])), torch.tensor([3.0, 3.0]))
+    tensor([1., 1.])
+    """
+
+    def solve(self, operator: Operator, rhs: Tensor, *, on_failure: OnFailure = "raise") -> Tensor:
+        """See `LinearSolver.solve`; a block that is not positive definite gives NaN."""
+        A, b = operator.dense(), columns_last(operator, rhs)
+        if b.numel() == 0:
+            return torch.zeros_like(rhs)
+        A = 0.5 * (A + A.mT)
+        L, failed = torch.linalg.cholesky_ex(A)
+        bad = failed > 0
+        if on_failure == "raise":
+            refuse(
+                bad,
+                "Cholesky: the matrix is not positive definite (a point that is no strict minimum?); regularise the "
+                "problem, or use linear_solver=Direct() if it is symmetric by no means",
+                NotPositiveDefiniteError,
+            )
+        x = torch.cholesky_solve(b, L)
+        x = x + torch.cholesky_solve(b - A @ x, L)
+        return columns_first(x.masked_fill(bad[..., None, None], torch.nan), rhs)
+
+
+@dataclass(frozen=True)
+class LeastSquares(LinearSolver):
+    """The minimum-norm least-squares solution by the singular value decomposition; defined for singular blocks too.
+
+    Attributes:
+        rcond: singular values below `rcond` times the largest count as zero; None: n times the machine precision.
+
+    Cost:  n products to form each block, then O(n³), about ten times that of `Direct`.
+
+    >>> LeastSquares().solve(Matrix(torch.ones(2, 2)), torch.ones(2))
+    tensor([0.5000, 0.5000])
+    """
+
+    rcond: float | None = None
+
+    def solve(self, operator: Operator, rhs: Tensor, *, on_failure: OnFailure = "raise") -> Tensor:
+        """See `LinearSolver.solve`; a block that is not finite gives NaN."""
+        A, b = operator.dense(), columns_last(operator, rhs)
+        if b.numel() == 0:
+            return torch.zeros_like(rhs)
+        bad = ~torch.isfinite(A).all(-1).all(-1)
+        if on_failure == "raise":
+            refuse(bad, "LeastSquares: the matrix is not finite")
+        U, S, Vh = torch.linalg.svd(A.masked_fill(bad[..., None, None], 0.0))
+        rcond = self.rcond if self.rcond is not None else operator.n * torch.finfo(A.dtype).eps
+        kept = (rcond * S[..., :1] < S) & (S > 0)
+        inverse = torch.where(kept, 1 / torch.where(kept, S, 1.0), 0.0)
+        x = Vh.mT @ (inverse.unsqueeze(-1) * (U.mT @ b))
+        return columns_first(x.masked_fill(bad[..., None, None], torch.nan), rhs)

@@ -1,0 +1,227 @@
+"""Newton's method for systems and for minima, damped by a line search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit_layers import checks
+from implicit_layers.jacobian import Jacobian, gradient
+from implicit_layers.krylov import GMRES, ConjugateGradient
+from implicit_layers.linalg import DENSE_LIMIT, Direct, LinearSolver
+from implicit_layers.solution import Solution
+from implicit_layers.solvers.problem import Method, Rows, Terms, norm, outcome, relative, resolve_batch_dims, tolerance
+
+_HALVINGS = 40
+
+
+@dataclass(frozen=True)
+class Newton(Method):
+    """Newton's method, each problem of the batch with its own step length and its own end.
+
+    For a system, z ← z + t·δ with J δ = −F and t halved until ‖F‖ decreases. For a minimum the step descends the
+    objective: where the Hessian is not positive definite its eigenvalues are replaced by their absolute values, and a
+    stationary point with a direction of negative curvature is left along that direction, so that saddles and maxima
+    are not accepted (without the dense Hessian, conjugate gradients stop at such a direction, and a start exactly at
+    a saddle is not noticed).
+
+    Attributes:
+        tol:           a problem ends when ‖F‖ ≤ tol·size, size being that of the terms that cancel in F: its change
+                       per relative change of z and θ. This does not depend on the units of F, z or θ (terms below
+                       1e-10 count as 1e-10). None: eps^(3/4), 2e-12 in float64 and 6e-6 in float32; a problem that
+                       rounding stops before still counts as solved within eps^(2/3).
+        max_iter:      cap on the steps.
+        linear_solver: how J δ = −F is solved. None: `Direct` (for a minimum: `Cholesky` with the change above) up to
+                       512 unknowns a problem, beyond that `GMRES` (`ConjugateGradient`), without forming J.
+
+    >>> solution = Newton()(lambda z: z * z - 2.0, torch.tensor([1.0]))
+    >>> solution.value
+    tensor([1.4142])
+    """
+
+    tol: float | None = None
+    max_iter: int = 100
+    linear_solver: LinearSolver | None = None
+
+    def __call__(
+        self, residual: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None
+    ) -> Solution:
+        """See `root`."""
+        return self.root(residual, z0, *theta, batch_dims=batch_dims)
+
+    def root(self, residual: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None) -> Solution:
+        """Find z with residual(z, *theta) = 0; see `Method`."""
+        with torch.no_grad():
+            return self._root(residual, z0, theta, Rows(z0.shape, resolve_batch_dims(z0, batch_dims)))
+
+    def fixed_point(
+        self, step: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None
+    ) -> Solution:
+        """Find z with z = step(z, *theta), as the root of z − step(z); see `Method`."""
+        return self.root(lambda z, *rest: z - step(z, *rest), z0, *theta, batch_dims=batch_dims)
+
+    def argmin(
+        self, objective: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None
+    ) -> Solution:
+        """Find a minimum of objective(z, *theta); see `Method`."""
+        with torch.no_grad():
+            return self._argmin(objective, z0, theta, Rows(z0.shape, resolve_batch_dims(z0, batch_dims)))
+
+    def _root(self, residual: Callable[..., Tensor], z0: Tensor, theta: tuple[Any, ...], rows: Rows) -> Solution:
+        """`root` below the door."""
+        f, terms = rows.residual(residual, theta), Terms(rows, residual, z0, theta)
+        tol = tolerance(self.tol, z0.dtype)
+        linear = self.linear_solver or (Direct() if rows.n <= DENSE_LIMIT else GMRES())
+        y = rows.flat(z0).clone()
+        F = f(y)
+        iterations = torch.zeros(rows.batch, dtype=torch.int64, device=z0.device)
+        stuck = torch.zeros(rows.batch, dtype=torch.bool, device=z0.device)
+        for k in range(self.max_iter + 1):
+            solved = relative(F, terms.size(y, F)) <= tol
+            active = ~(solved | stuck)
+            if k == self.max_iter or not checks.host_bool(active.any()):
+                break
+            J = Jacobian(f, y)
+            step = linear.solve(J, -F, on_failure="ignore")
+            bad = ~torch.isfinite(step).all(-1)
+            if checks.host_bool((bad & active).any()):  # no Newton step: the steepest descent of ½‖F‖²
+                step = torch.where(bad[..., None], _steepest(J, F), step)
+            y, F, moved = _decrease(f, y, F, step, active)
+            stuck = stuck | (active & ~moved)
+            iterations = iterations + (active & moved)
+        F = f(y)  # once more, all together: coupled problems do not pass one by one
+        return outcome(rows, y, F, terms.size(y, F), solved, iterations, self.tol)
+
+    def _argmin(self, objective: Callable[..., Tensor], z0: Tensor, theta: tuple[Any, ...], rows: Rows) -> Solution:
+        """`argmin` below the door."""
+        slope = gradient(objective)
+        f, g = rows.objective(objective, theta), rows.residual(slope, theta)
+        terms = Terms(rows, slope, z0, theta)
+        tol = tolerance(self.tol, z0.dtype)
+        dense = rows.n <= DENSE_LIMIT if self.linear_solver is None else False
+        y = rows.flat(z0).clone()
+        value, F = f(y), g(y)
+        iterations = torch.zeros(rows.batch, dtype=torch.int64, device=z0.device)
+        stuck = torch.zeros(rows.batch, dtype=torch.bool, device=z0.device)
+        for k in range(self.max_iter + 1):
+            solved = relative(F, terms.size(y, F)) <= tol
+            if dense:
+                H = Jacobian(g, y).dense()
+                step, saddle = _convex_step(0.5 * (H + H.mT), F, solved)
+                solved = solved & ~saddle
+            active = ~(solved | stuck)
+            if k == self.max_iter or not checks.host_bool(active.any()):
+                break
+            if not dense:
+                step = self._step_by_products(Jacobian(g, y), F)
+            y, value, F, moved = _descend(f, g, y, value, F, step, active)
+            stuck = stuck | (active & ~moved)
+            iterations = iterations + (active & moved)
+        F = g(y)
+        solution = outcome(rows, y, F, terms.size(y, F), solved, iterations, self.tol)
+        return _without(solution, saddle & ~solved) if dense else solution
+
+    def _step_by_products(self, H: Jacobian, F: Tensor) -> Tensor:
+        """A descent direction from products with the Hessian."""
+        linear = self.linear_solver or ConjugateGradient()
+        if isinstance(linear, ConjugateGradient):
+            tol = linear.tol if linear.tol is not None else float(torch.finfo(F.dtype).eps ** 0.5)
+            step, _ = linear.descend(H, -F, tol)
+            nothing = (step == 0).all(-1, keepdim=True)
+            step = torch.where(nothing, -F, step)
+        else:
+            step = linear.solve(H, -F, on_failure="ignore")
+        uphill = ~((step * F).sum(-1, keepdim=True) < 0) | ~torch.isfinite(step).all(-1, keepdim=True)
+        return torch.where(uphill, -F, step)
+
+
+def _without(solution: Solution, rejected: Tensor) -> Solution:
+    """The same solution, the rejected problems counted as failed."""
+    info = solution.info
+    status = torch.where(rejected, 1, info.status.to(torch.int64)).to(torch.int8)
+    return Solution(solution.value, info._replace(status=status, converged=info.converged & ~rejected))
+
+
+def _steepest(J: Jacobian, F: Tensor) -> Tensor:  # -> (*B, n)
+    """The minimiser of the linear model along −Jᵀ F; zero where that vanishes."""
+    direction = -J.rmatvec(F)
+    curvature = (J.matvec(direction) ** 2).sum(-1, keepdim=True)
+    length = (direction**2).sum(-1, keepdim=True) / torch.where(curvature > 0, curvature, 1.0)
+    step = length * direction
+    return torch.where(torch.isfinite(step).all(-1, keepdim=True), step, 0.0)
+
+
+def _decrease(
+    f: Callable[[Tensor], Tensor], y: Tensor, F: Tensor, step: Tensor, active: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Halve the step until ‖F‖ decreases; the new point, its residual and which problems moved."""
+    before = norm(F)
+    waiting = active
+    t = torch.ones_like(before)
+    for _ in range(_HALVINGS):
+        trial = torch.where(waiting[..., None], y + t[..., None] * step, y)
+        G = f(trial)
+        good = waiting & (norm(G) <= (1 - 1e-4 * t) * before) & (norm(G) < before)  # false for NaN
+        y, F = torch.where(good[..., None], trial, y), torch.where(good[..., None], G, F)
+        waiting = waiting & ~good
+        if not checks.host_bool(waiting.any()):
+            break
+        t = torch.where(waiting, 0.5 * t, t)
+    return y, F, active & ~waiting
+
+
+def _convex_step(H: Tensor, F: Tensor, stationary: Tensor) -> tuple[Tensor, Tensor]:
+    """Newton's step with |H| where H is not positive definite, and which stationary points are no minima."""
+    L, failed = torch.linalg.cholesky_ex(H)
+    step = -torch.cholesky_solve(F.unsqueeze(-1), L).squeeze(-1)
+    saddle = torch.zeros_like(stationary)
+    indefinite = failed > 0
+    if checks.host_bool(indefinite.any()):
+        unusable = ~torch.isfinite(H).all(-1).all(-1)
+        values, vectors = torch.linalg.eigh(torch.where(unusable[..., None, None], 0.0, H))
+        largest = values.abs().amax(-1, keepdim=True)
+        eps = torch.finfo(H.dtype).eps
+        size = values.abs().clamp_min(eps**0.5 * largest.clamp_min(torch.finfo(H.dtype).tiny))
+        along = (vectors.mT @ F.unsqueeze(-1)).squeeze(-1)
+        changed = -(vectors @ (along / size).unsqueeze(-1)).squeeze(-1)
+        saddle = indefinite & stationary & (values[..., 0] < -(eps**0.5) * largest[..., 0])
+        lowest = vectors[..., 0]
+        sign = torch.where((lowest * F).sum(-1, keepdim=True) > 0, -1.0, 1.0)
+        step = torch.where(indefinite[..., None], changed, step)
+        step = torch.where(saddle[..., None], sign * lowest, step)
+        step = torch.where(unusable[..., None], -F, step)
+    return step, saddle
+
+
+def _descend(
+    f: Callable[[Tensor], Tensor],
+    g: Callable[[Tensor], Tensor],
+    y: Tensor,
+    value: Tensor,
+    F: Tensor,
+    step: Tensor,
+    active: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Halve the step until the objective decreases, or, within its rounding, the gradient does."""
+    slope = (F * step).sum(-1)
+    before = norm(F)
+    noise = 64 * torch.finfo(y.dtype).eps * value.abs()
+    waiting = active
+    t = torch.ones_like(before)
+    for _ in range(_HALVINGS):
+        trial = torch.where(waiting[..., None], y + t[..., None] * step, y)
+        new, G = f(trial), g(trial)
+        lower = (new <= value + 1e-4 * t * slope) & (new < value)
+        flatter = (new <= value + noise) & (norm(G) <= (1 - 1e-4 * t) * before) & (norm(G) < before)
+        good = waiting & (lower | flatter) & torch.isfinite(norm(G))
+        y, value = torch.where(good[..., None], trial, y), torch.where(good, new, value)
+        F = torch.where(good[..., None], G, F)
+        waiting = waiting & ~good
+        if not checks.host_bool(waiting.any()):
+            break
+        t = torch.where(waiting, 0.5 * t, t)
+    return y, value, F, active & ~waiting

@@ -1,0 +1,146 @@
+"""The arguments of a residual as a flat list of tensors, and back: tensors, containers of them, and modules.
+
+A module stands for its parameters and buffers. While the residual runs they are replaced, inside the module itself,
+by the flat tensors (`torch.func.functional_call`), so that attributes and submodules may be used as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """The place of one tensor."""
+
+    index: int
+
+
+class _Held(nn.Module):
+    """All modules among the arguments under one roof, so that one functional call replaces all their tensors."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.held = nn.ModuleList(modules)
+
+    def forward(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """Call `function` while the tensors of the modules are replaced."""
+        return function(*arguments)
+
+
+def _map(node: Any, leaf: Callable[[Any], Any]) -> Any:
+    """The same nest of tuples, lists and dicts with every leaf replaced."""
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return type(node)(*(_map(child, leaf) for child in node))
+    if isinstance(node, tuple | list):
+        return type(node)(_map(child, leaf) for child in node)
+    if isinstance(node, dict):
+        return {key: _map(child, leaf) for key, child in node.items()}
+    return leaf(node)
+
+
+class Structure:
+    """How the arguments of `function` are made of a flat list of tensors.
+
+    Attributes:
+        leaves: the tensors, the explicit ones first, then those of the modules.
+    """
+
+    def __init__(self, function: Callable[..., Any], theta: tuple[object, ...]) -> None:
+        self._function = function
+        self.leaves: list[Tensor] = []
+        modules: list[nn.Module] = []
+
+        def take(leaf: object) -> object:
+            if isinstance(leaf, Tensor):
+                self.leaves.append(leaf)
+                return _Slot(len(self.leaves) - 1)
+            if isinstance(leaf, nn.Module):
+                modules.append(leaf)
+            return leaf
+
+        self._theta = _map(theta, take)
+        self._explicit = len(self.leaves)
+        owner = getattr(function, "__self__", None)
+        for candidate in (function, owner):  # a module as the residual, or a method of one
+            if isinstance(candidate, nn.Module):
+                modules.append(candidate)
+        self._names: dict[str, int] = {}
+        if modules:
+            self._held = _Held(modules)
+            self._training = any(m.training for m in self._held.held.modules())
+            self._buffers = {name for name, _ in self._held.named_buffers()}
+            for name, tensor in [*self._held.named_parameters(), *self._held.named_buffers()]:
+                self._names[name] = len(self.leaves)
+                self.leaves.append(tensor)
+
+    def theta(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The arguments with these explicit tensors; modules stand as they are."""
+        return _map(self._theta, lambda node: leaves[node.index] if isinstance(node, _Slot) else node)
+
+    def call(self, z: Tensor, *leaves: Tensor) -> Any:
+        """The function as a pure function of the unknown and the flat tensors."""
+        theta = self.theta(leaves)
+        if not self._names:
+            return self._function(z, *theta)
+        tensors = {name: leaves[index] for name, index in self._names.items()}
+        if self._training:  # running statistics are read, never updated, by the many calls of one solve
+            tensors.update({name: tensors[name].clone() for name in self._buffers})
+        return functional_call(self._held, tensors, (self._function, z, *theta))
+
+    def caller(self, leaves: Sequence[Tensor]) -> Callable[..., Any]:
+        """The function as (z, *theta), for a solver of the user's; the modules' tensors are those of `leaves`."""
+
+        def function(z: Tensor, *theta: object) -> Any:
+            explicit: list[Tensor] = []
+            _map(theta, lambda leaf: explicit.append(leaf) if isinstance(leaf, Tensor) else None)
+            return self.call(z, *explicit, *leaves[self._explicit :])
+
+        return function
+
+    def gather(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        """One value a tensor in the shape of the arguments; a module becomes a dict by name, what has none None."""
+        modules: list[nn.Module] = list(self._held.held) if self._names else []
+
+        def place(node: Any) -> Any:
+            if isinstance(node, _Slot):
+                return values[node.index]
+            if not isinstance(node, nn.Module):
+                return None
+            prefix = f"held.{next(i for i, m in enumerate(modules) if m is node)}."
+            return {
+                name.removeprefix(prefix): values[index]
+                for name, index in self._names.items()
+                if name.startswith(prefix) and name not in self._buffers
+            }
+
+        return _map(self._theta, place)
+
+    def scatter(self, values: tuple[object, ...]) -> list[Tensor | None]:
+        """The inverse of `gather`; what is missing is None."""
+        flat: list[Tensor | None] = [None] * len(self.leaves)
+        modules: list[nn.Module] = list(self._held.held) if self._names else []
+
+        def put(node: Any, value: Any) -> None:
+            if value is None:
+                return
+            if isinstance(node, _Slot):
+                flat[node.index] = value
+            elif isinstance(node, nn.Module):
+                prefix = f"held.{next(i for i, m in enumerate(modules) if m is node)}."
+                for name, tensor in value.items():
+                    flat[self._names[prefix + name]] = tensor
+            elif isinstance(node, dict):
+                for key, child in node.items():
+                    put(child, value.get(key))
+            elif isinstance(node, tuple | list):
+                for child, item in zip(node, value, strict=True):
+                    put(child, item)
+
+        put(self._theta, values)
+        return flat

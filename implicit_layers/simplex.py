@@ -21,6 +21,7 @@ from implicit_layers.errors import NonFiniteError, ShapeError
 from implicit_layers.kkt import entropic
 
 SoftmaxMethod = Literal["closed", "newton", "kkt"]
+METHODS = get_args(SoftmaxMethod)
 
 _HALF = (torch.float16, torch.bfloat16)
 _KKT_STEPS = 3  # derivatives up to order seven
@@ -84,8 +85,8 @@ def softmax(
 
 def check_method(method: str) -> None:
     """Refuse anything but the three methods."""
-    if method not in get_args(SoftmaxMethod):
-        raise ValueError(f"method must be one of {get_args(SoftmaxMethod)}, got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
 
 
 def _axis(x: Tensor, dim: int) -> int:

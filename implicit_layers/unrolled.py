@@ -20,6 +20,7 @@ from implicit_layers import checks
 from implicit_layers.errors import NotPositiveDefiniteError, ShapeError
 
 UnrollMode = Literal["full", "truncated", "checkpointed"]
+MODES = get_args(UnrollMode)
 Step = Callable[..., Tensor]
 
 
@@ -85,8 +86,8 @@ def unroll(
 
 def _check(steps: int, mode: str, last: int | None) -> None:
     """Refuse settings that mean nothing."""
-    if mode not in get_args(UnrollMode):
-        raise ValueError(f"mode must be one of {get_args(UnrollMode)}, got {mode!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, got {steps}")
     if last is not None and mode != "truncated":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
+
+import implicit_layers as il
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,6 +44,11 @@ def test_every_extra_that_is_named_exists():
     named = {extra for group in re.findall(r"\.\[([\w,]+)\]", README) for extra in group.split(",")}
     assert extras == {"cvxpy", "examples", "bench", "notebooks", "test"}
     assert named and named <= extras
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bil\.((?:nn\.|testing\.)?\w+)", README))))
+def test_every_public_name_that_is_named_exists(name):
+    assert callable(attrgetter(name)(il)) or name in ("nn", "testing")
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)", README))))

@@ -4,6 +4,8 @@ __version__ = "0.1.0"
 
 from implicit_layers import nn as nn
 from implicit_layers import testing as testing
+from implicit_layers.conditions import IFTReport as IFTReport
+from implicit_layers.conditions import check_ift as check_ift
 from implicit_layers.errors import CapturedTensorError as CapturedTensorError
 from implicit_layers.errors import ConvergenceError as ConvergenceError
 from implicit_layers.errors import ConvergenceWarning as ConvergenceWarning

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
 from implicit_layers.errors import CapturedTensorError, DeviceError, DtypeError, ShapeError
 from implicit_layers.linalg import LinearSolver
 from implicit_layers.solution import OnFailure, check_on_failure
 from implicit_layers.solvers.problem import Method, resolve_batch_dims
-from implicit_layers.structure import Structure
+from implicit_layers.structure import Structure, flatten
 from implicit_layers.system import Kind, System
+from implicit_layers.transforms import full_precision
 
 Solver = Method | Callable[..., Any]
 
@@ -33,6 +35,7 @@ class Entrance:
     leaves: list[Tensor]
     structure: Structure
     dtype: torch.dtype  # of the given z0, to which the solution is cast back
+    dtypes: list[torch.dtype]  # of the given tensors of theta
 
 
 def enter(
@@ -68,10 +71,10 @@ def enter(
             f"{what}: {z_name} must be a real floating-point tensor, got {z0.dtype}; e.g. {z_name}.double()"
         )
     dims = resolve_batch_dims(z0, batch_dims, z_name)
-    structure = Structure(function, theta)
+    structure, given = flatten(function, theta)
     dtype = torch.float32 if z0.dtype in _HALF else z0.dtype
     start = z0.to(dtype)
-    leaves = [x.to(dtype) if x.dtype in _HALF else x for x in structure.leaves]
+    leaves = [x.to(dtype) if x.dtype in _HALF else x for x in given]
     for i, x in enumerate(leaves):
         if x.device != z0.device and x.ndim > 0:
             raise DeviceError(
@@ -88,7 +91,7 @@ def enter(
             return getattr(result, "value", result)
 
     system = System(kind, structure.call, dims, method, external, linear_solver, on_failure, what)
-    return Entrance(system, start, leaves, structure, z0.dtype)
+    return Entrance(system, start, leaves, structure, z0.dtype, [x.dtype for x in given])
 
 
 def _try_once(
@@ -98,7 +101,7 @@ def _try_once(
     name = _NAMES[kind]
     z, *plain = (_plain(x) for x in (z0, *leaves))
     wants_gradient = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(z0.device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), full_precision(z0.device):
         value = structure.call(z, *plain)
     if not isinstance(value, Tensor):
         raise ShapeError(f"{what}: {name}(z, *theta) must return a tensor, got {type(value).__name__}")
@@ -140,17 +143,17 @@ def _plain(x: Tensor) -> Tensor:
 
 def _refuse_captured(value: Tensor, wants_gradient: bool, what: str, name: str) -> None:
     """The function was evaluated on plain tensors: a history or a transform on the value came in by another way."""
-    while True:
-        tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
-        mapped = _functorch.is_batchedtensor(value)
-        if (value.requires_grad and wants_gradient) or tangent or mapped:
-            kind = "is mapped by vmap" if mapped else "carries a tangent" if tangent else "requires grad"
-            raise CapturedTensorError(
-                f"{what}: {name} depends on a tensor that {kind} and is not among its arguments (a closure, a global, "
-                "a parameter of a module), so its gradient would be lost. Pass the tensor as theta and take it as an "
-                f"argument: {name}(z, W). For an nn.Module pass the module itself, as {name} or as one of theta. "
-                "If no gradient is wanted, detach it"
-            )
-        if not _functorch.is_functorch_wrapped_tensor(value):
-            return
-        value = _functorch.get_unwrapped(value)
+    tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+    mapped = _functorch.is_batchedtensor(value)
+    if (value.requires_grad and wants_gradient) or tangent or mapped:
+        kind = "is mapped by vmap" if mapped else "carries a tangent" if tangent else "requires grad"
+        raise CapturedTensorError(
+            f"{what}: {name} depends on a tensor that {kind} and is not among its arguments (a closure, a global, "
+            "a parameter of a module), so its gradient would be lost. Pass the tensor as theta and take it as an "
+            f"argument: {name}(z, W). For an nn.Module pass the module itself, as {name} or as one of theta. "
+            "If no gradient is wanted, detach it"
+        )
+    if _functorch.is_functorch_wrapped_tensor(value):
+        inner = _functorch.get_unwrapped(value)
+        with temporarily_pop_interpreter_stack():  # a tangent is seen only from its own level
+            _refuse_captured(inner, wants_gradient, what, name)

@@ -15,6 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from implicit_layers.transforms import full_precision
+
 Pullback = Callable[[Tensor], tuple[Tensor, ...]]
 
 _CHUNK = 2**24  # entries of one batch of cotangents; bounds the memory that forming a Jacobian takes
@@ -26,19 +28,20 @@ def transform_active() -> bool:
 
 
 @contextmanager
-def opaque(device_type: str) -> Iterator[None]:
+def opaque(device: torch.device) -> Iterator[None]:
     """Run a solve unseen: no autocast, no inference mode, no saved-tensor hook of the caller's, no gradient."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device_type, enabled=False))
-        if torch._C._autograd._saved_tensors_hooks_is_enabled():  # else a functional transform has turned them off
+        stack.enter_context(full_precision(device))
+        # a functional transform has turned the hooks off, and pushing one would raise
+        if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
         yield
 
 
 def _alias(x: Tensor) -> Tensor:
-    """A new node of the graph with the value (and the history) of `x`, so that paths through `x` itself are not seen."""
+    """A new node with the value (and the history) of `x`, so that paths to `x` from elsewhere are not followed."""
     y = x.view_as(x)
     return y if y.requires_grad else y.requires_grad_()
 
@@ -46,8 +49,8 @@ def _alias(x: Tensor) -> Tensor:
 def pullback(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, Pullback]:
     """The value of `function` and the map from a cotangent of it to those of the inputs; itself differentiable."""
     if transform_active():
-        value, pull = torch.func.vjp(function, *inputs)
-        return value, pull
+        value, *pulled = torch.func.vjp(function, *inputs)
+        return value, pulled[0]
     with torch.enable_grad():
         aliases = tuple(map(_alias, inputs))
         value = function(*aliases)

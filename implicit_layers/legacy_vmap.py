@@ -22,7 +22,7 @@ def _level() -> int:
 
 def _batched(x: Tensor | None) -> bool:
     """Whether the old vmap has batched this tensor."""
-    return x is not None and torch._C._dispatch_keys(x).has(torch._C._parse_dispatch_key("Batched"))
+    return x is not None and torch._C._dispatch_keys(x).has("Batched")
 
 
 def modernised(
@@ -33,10 +33,10 @@ def modernised(
     if level == 0 or not any(map(_batched, tensors)):
         return function(*tensors)
     dims = tuple(0 if _batched(x) else None for x in tensors)
-    plain = [torch._remove_batch_dim(x, level, 1, 0) if _batched(x) else x for x in tensors]
+    plain = [torch._remove_batch_dim(x, level, 1, 0) if x is not None and _batched(x) else x for x in tensors]
     present: list[bool] = []
 
-    def without_none(*inputs: Tensor) -> tuple[Tensor, ...]:
+    def without_none(*inputs: Tensor | None) -> tuple[Tensor, ...]:
         outputs = function(*inputs)
         present[:] = [x is not None for x in outputs]
         return tuple(x for x in outputs if x is not None)

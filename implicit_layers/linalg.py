@@ -105,7 +105,8 @@ def columns_first(x: Tensor, rhs: Tensor) -> Tensor:  # (*B, n, prod K) -> (*K, 
 def refuse(bad: Tensor, message: str, error: type[Exception] = SingularAdjointError) -> None:
     """Raise, naming the first bad system of the batch, if there is one."""
     if checks.host_bool(bad.any()):
-        raise error(f"{message}: {int(bad.sum())} of {bad.numel()} systems, first at index {checks.index_of(bad)}")
+        where = f", first at index {checks.index_of(bad)}" if bad.ndim else ""
+        raise error(f"{message}: {int(bad.sum())} of {bad.numel()} systems{where}")
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ class Cholesky(LinearSolver):
         if on_failure == "raise":
             refuse(
                 bad,
-                "Cholesky: the matrix is not positive definite (a point that is no strict minimum?); regularise the "
-                "problem, or use linear_solver=Direct() if it is symmetric by no means",
+                "Cholesky: the matrix is not positive definite (no strict minimum there?). Regularise the problem, or "
+                "pass linear_solver=Direct() if a stationary point is all that is wanted",
                 NotPositiveDefiniteError,
             )
         x = torch.cholesky_solve(b, L)

@@ -1,39 +1,31 @@
-"""The engine: a solution of F(z, θ) = 0 as a differentiable function of θ, to any order and under every transform.
+"""What is solved: a system F(z, θ) = 0, and the linear systems that its derivatives come from.
 
-One autograd function serves all. Its first argument is a frozen description of what is solved; `System` is the
-problem itself, `LinearSystem` the linear one that gives a cotangent (Jᵀu = −g) or a tangent (J·dz = −F_θ·dθ). The
-derivative of a linear one is again a linear one, so nothing that was computed inside a solve is ever differentiated:
-
-    backward of z:  Jᵀu = −g through the same function, then g_θ = F_θᵀ u;
-    forward mode:   J dz = −F_θ dθ through the same function.
+`System` is the problem itself, `LinearSystem` the linear one that gives a cotangent (Jᵀu = −g) or a tangent
+(J·dz = −F_θ·dθ). The derivative of a linear one is again a linear one with the same operator or its transpose, so
+nothing that was computed inside a solve is ever differentiated.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from implicit_layers import checks
-from implicit_layers.eager import uncompiled
-from implicit_layers.errors import ConvergenceWarning, DtypeError, NonFiniteError, ShapeError, SingularAdjointError
-from implicit_layers.jacobian import Jacobian, TransposedJacobian, gradient, opaque, pullback, pushforward
+from implicit_layers.certificate import certified
+from implicit_layers.errors import DtypeError, NonFiniteError, ShapeError
+from implicit_layers.jacobian import Jacobian, TransposedJacobian, gradient, pullback, pushforward
 from implicit_layers.krylov import GMRES, ConjugateGradient
-from implicit_layers.legacy_vmap import modernised
-from implicit_layers.linalg import DENSE_LIMIT, Cholesky, Direct, LeastSquares, LinearSolver
+from implicit_layers.linalg import DENSE_LIMIT, Cholesky, Direct, LinearSolver
 from implicit_layers.solution import OnFailure, Solution, SolveInfo, Status, report_failure
-from implicit_layers.solvers.problem import Method, Rows, Terms, outcome, relative
+from implicit_layers.solvers.problem import GIVEN_FLOOR, Method, Rows, Terms, outcome, relative
 
 Kind = Literal["root", "fixed_point", "argmin"]
 Dims = tuple[int | None, ...]
 External = Callable[[Tensor, Sequence[Tensor]], Tensor]  # a solver of the user's: (z0, leaves) -> z
-
-_EXTERNAL_FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -112,9 +104,9 @@ class System:
             y = rows.flat(z)
             F = rows.residual(self.residual, tuple(leaves))(y)
             size = Terms(rows, self.residual, z0, tuple(leaves)).size(y, F)
-            solved = relative(F, size, _EXTERNAL_FLOOR) <= tol
+            solved = relative(F, size, GIVEN_FLOOR) <= tol
             zero = torch.zeros(rows.batch, dtype=torch.int64, device=z0.device)
-            solution = outcome(rows, y, F, size.clamp_min(_EXTERNAL_FLOOR), solved, zero, tol)
+            solution = outcome(rows, y, F, size.clamp_min(GIVEN_FLOOR), solved, zero, tol)
         shown = tol if tol is not None else float(torch.finfo(z0.dtype).eps ** 0.75)
         report_failure(solution.info, self.on_failure, what=self.what, tol=shown, max_iter=max_iter)
         return solution
@@ -161,7 +153,7 @@ class System:
         """The system with one more mapped axis, in front; and where that axis is in the result."""
         return replace(self, maps=(*self.maps, dims[1:]), batch_dims=self.batch_dims + 1), 0
 
-    def unmapped_inputs(self, dims: Dims) -> tuple[int | None, ...]:
+    def places(self, dims: Dims) -> tuple[int | None, ...]:
         """Where the mapped axis must be in each tensor; None: it has none."""
         return (0, *(None if d is None else 0 for d in dims[1:]))
 
@@ -229,20 +221,9 @@ class LinearSystem:
         b = -rows.flat(rhs)
         linear = self.base.linear(rows.n)
         u = linear.solve(operator, b, on_failure="ignore")
-        # a zero right-hand side asks for nothing, and gets it even where A is singular; a NaN one is passed on
-        nothing = (b == 0).all(-1, keepdim=True)
-        spoilt = ~torch.isfinite(b).all(-1, keepdim=True)
-        u = torch.where(nothing, 0.0, torch.where(spoilt, torch.nan, u))
-        exempt = (nothing | spoilt).squeeze(-1)
-        error = _linear_error(linear, operator, u, b)
-        tol = _agreed(linear, b.dtype)
-        ok = exempt | (error <= tol)
-        if not checks.host_bool(ok.all()):
-            if self.on_failure == "raise":
-                _refuse(self, linear, operator, b, ok, error, tol)
-            u, ok = _without_failed(linear, operator, u, b, ok, exempt, tol)
-            if self.on_failure == "warn":
-                warnings.warn(_message(self, ok, error, tol), ConvergenceWarning, stacklevel=2)
+        u, ok, error = certified(
+            linear, operator, u, b, on_failure=self.on_failure, what=self.what, transposed=self.transposed
+        )
         status = torch.where(ok, int(Status.CONVERGED), int(Status.SINGULAR)).to(torch.int8)
         steps = torch.ones(b.shape[:-1], dtype=torch.int64, device=b.device)
         return Solution(rows.full(u), SolveInfo(status, ok, steps, error))
@@ -255,7 +236,7 @@ class LinearSystem:
         base, _ = self.base.mapped((0, *leaves))
         return replace(self, base=base), self.columns
 
-    def unmapped_inputs(self, dims: Dims) -> tuple[int | None, ...]:
+    def places(self, dims: Dims) -> tuple[int | None, ...]:
         """Where the mapped axis must be in each tensor; None: it has none."""
         _, z, _, *leaves = dims
         if z is None and all(d is None for d in leaves):
@@ -274,221 +255,3 @@ class LinearSystem:
         """The parameters of the linear systems at a solution: A does not depend on u."""
         z, _, *leaves = parameters
         return (z, rhs, *leaves)
-
-
-AnySystem = System | LinearSystem
-
-
-def _agreed(linear: LinearSolver, dtype: torch.dtype) -> float:
-    """The relative residual that a linear solve may leave: 64·√eps, or what the solver's `tol` agrees to."""
-    tol = getattr(linear, "tol", None)
-    return max(64 * float(torch.finfo(dtype).eps ** 0.5), 0.0 if tol is None else 1.01 * float(tol))
-
-
-def _linear_error(linear: LinearSolver, A: Jacobian | TransposedJacobian, u: Tensor, b: Tensor) -> Tensor:
-    """‖A u − b‖/‖b‖ by the true operator, or what rounding hides of it if that is more; infinite where not finite."""
-    if b.numel() == 0:
-        return b.new_zeros(b.shape[:-1])
-    r = A.matvec(u) - b
-    size = torch.linalg.vector_norm(b, dim=-1)
-    if isinstance(linear, LeastSquares):  # the residual proper may stay, its projection may not
-        size = size * torch.linalg.matrix_norm(A.dense())
-        r = A.rmatvec(r)
-    error = torch.linalg.vector_norm(r, dim=-1)
-    if A.formed and not isinstance(linear, LeastSquares):
-        # with terms this large in A u, a residual can be small by accident
-        terms = torch.linalg.vector_norm((A.dense().abs() @ u.abs().unsqueeze(-1)).squeeze(-1), dim=-1)
-        error = torch.maximum(error, torch.finfo(b.dtype).eps * terms)
-    error = torch.where(size > 0, error / torch.where(size > 0, size, 1.0), error)
-    return torch.where(torch.isfinite(error), error, torch.inf)
-
-
-def _without_failed(
-    linear: LinearSolver,
-    A: Jacobian | TransposedJacobian,
-    u: Tensor,
-    b: Tensor,
-    ok: Tensor,
-    exempt: Tensor,
-    tol: float,
-) -> tuple[Tensor, Tensor]:
-    """Zero for the failed systems; where that changes the others they are coupled, and all have failed."""
-    u = torch.where(ok[..., None], u, 0.0)
-    spoilt = ok & exempt & ~torch.isfinite(u).all(-1)
-    still = _linear_error(linear, A, torch.where(spoilt[..., None], 0.0, u), b) <= tol
-    if not checks.host_bool((still | ~ok | exempt).all()):
-        ok = exempt
-        u = torch.where(ok[..., None], u, 0.0)
-    return u, ok
-
-
-def _message(system: LinearSystem, ok: Tensor, error: Tensor, tol: float) -> str:
-    """What a failed linear solve says."""
-    which = "adjoint" if system.transposed else "tangent"
-    where = f"; first: index {checks.index_of(~ok)}" if ok.ndim else ""
-    return (
-        f"{system.what}: the {which} system of {int((~ok).sum())} of {ok.numel()} problems could not be solved "
-        f"(relative residual {float(error[~ok][0]):.1e} > {tol:.1e}{where}). Either the Jacobian dF/dz is singular "
-        "there, so that the derivative does not exist or is not unique (see check_ift; linear_solver=LeastSquares() "
-        "gives its minimum-norm element), or the problems of the batch are coupled, i.e. F of one depends on z of "
-        "another (pass batch_dims=0 to solve them as one), or an iterative linear solver needs a larger max_iter"
-    )
-
-
-def _refuse(
-    system: LinearSystem,
-    linear: LinearSolver,
-    operator: Jacobian | TransposedJacobian,
-    b: Tensor,
-    ok: Tensor,
-    error: Tensor,
-    tol: float,
-) -> None:
-    """Raise the linear solver's own error if it has one that is more exact, else the general one."""
-    if isinstance(linear, Cholesky):
-        linear.solve(operator, b, on_failure="raise")
-    raise SingularAdjointError(_message(system, ok, error, tol) + ".")
-
-
-def _masked(mask: Tensor, x: Tensor, otherwise: Tensor | float) -> Tensor:
-    """X where the problem's entry of the mask is true."""
-    return torch.where(mask.reshape((*mask.shape, *[1] * (x.ndim - mask.ndim))), x, otherwise)
-
-
-class _Solve(torch.autograd.Function):
-    """(system, z0, *parameters) -> (z, status, converged, iterations, residual); z alone is differentiable."""
-
-    @staticmethod
-    @uncompiled
-    def forward(system: AnySystem, z0: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Solve, unseen by autograd."""
-        with opaque(z0.device.type):
-            z0, *plain = (x.detach().clone() if x.is_inference() else x.detach() for x in (z0, *parameters))
-            solution = system.run(z0, plain)
-        return (solution.value, *solution.info)
-
-    @staticmethod
-    @uncompiled
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep inputs and outputs, nothing else."""
-        system, z0, *parameters = inputs
-        z, status, converged, iterations, residual = output
-        ctx.mark_non_differentiable(status, converged, iterations, residual)
-        ctx.system = system
-        ctx.count = len(parameters)
-        kept = (z, converged, *([z0] if system.may_fail else []), *parameters)
-        ctx.save_for_backward(*kept)
-        ctx.save_for_forward(*kept)
-
-    @staticmethod
-    @uncompiled
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """One linear solve with the transposed Jacobian, then one pull-back to the parameters."""
-        z, converged, parameters = _saved(ctx)
-        needed = ctx.needs_input_grad[2:]
-        if not any(needed):
-            return (None,) * (2 + ctx.count)
-
-        def work(z: Tensor, converged: Tensor, g: Tensor, *parameters: Tensor) -> list[Tensor | None]:
-            return pull_back(ctx.system, z, converged, parameters, g, needed)
-
-        return None, None, *modernised(work, (z, converged, grads[0], *parameters))
-
-    @staticmethod
-    @uncompiled
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        """One pushed-forward tangent of the parameters, then one linear solve with the Jacobian."""
-        # autograd turns forward mode off in here, which silently zeroes the tangents of outer levels (jacfwd of jacfwd)
-        with forward_ad._set_fwd_grad_enabled(True):
-            z, converged, parameters = _saved(ctx)
-            z, *parameters = (forward_ad.unpack_dual(x).primal for x in (z, *parameters))
-
-            def work(z: Tensor, converged: Tensor, *rest: Any) -> list[Tensor | None]:
-                return [push_forward(ctx.system, z, converged, rest[: ctx.count], rest[ctx.count :])]
-
-            return *modernised(work, (z, converged, *parameters, *tangents[2:])), None, None, None, None
-
-    @staticmethod
-    @uncompiled
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        """Solve over the mapped axis as over one more batch dimension."""
-        system, *tensors = inputs
-        dims = in_dims[1:]
-        places = system.unmapped_inputs(dims)
-        moved = []
-        for x, d, place in zip(tensors, dims, places, strict=True):
-            if place is None:
-                moved.append(x)
-            elif d is None:
-                moved.append(x.unsqueeze(place).expand((*x.shape[:place], info.batch_size, *x.shape[place:])))
-            else:
-                moved.append(x.movedim(d, place))
-        mapped, place = system.mapped(dims)
-        return apply(mapped, *moved), (place,) * 5
-
-
-def _saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The solution, which problems were solved, and the parameters; failed problems stand at their start, where F is
-    known to be finite.
-    """
-    z, converged, *rest = ctx.saved_tensors
-    if ctx.system.may_fail:
-        z0, *rest = rest
-        z = _masked(converged, z, z0)
-        # what NaN among the parameters spoilt has failed; 0·NaN must not spoil the parameters that problems share
-        rest = [torch.where(torch.isnan(x), 1.0, x) if x.is_floating_point() else x for x in rest]
-    return z, converged, rest
-
-
-def apply(system: AnySystem, z0: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """Solve differentiably: (z, status, converged, iterations, residual)."""
-    return _Solve.apply(system, z0, *parameters)
-
-
-def pull_back(
-    system: AnySystem,
-    z: Tensor,
-    converged: Tensor,
-    parameters: Sequence[Tensor],
-    g: Tensor,
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Cotangents of the needed parameters from that of the solution."""
-    with torch.autocast(z.device.type, enabled=False):
-        if system.on_failure != "raise":
-            g = _masked(converged, g, 0.0)
-        u = apply(system.transposed_system(), torch.zeros_like(g), *system.linear_parameters(z, g, parameters))[0]
-        chosen = [i for i, need in enumerate(needed) if need]
-
-        def F(*some: Tensor) -> Tensor:
-            every = list(parameters)
-            for i, x in zip(chosen, some, strict=True):
-                every[i] = x
-            return system.residual(z, *every)
-
-        pulled = iter(pullback(F, *(parameters[i] for i in chosen))[1](u))
-        return [next(pulled) if need else None for need in needed]
-
-
-def push_forward(
-    system: AnySystem, z: Tensor, converged: Tensor, parameters: Sequence[Tensor], tangents: Sequence[Tensor | None]
-) -> Tensor:
-    """The tangent of the solution from those of the parameters."""
-    chosen = [i for i, (x, t) in enumerate(zip(parameters, tangents, strict=True)) if t is not None]
-    chosen = [i for i in chosen if parameters[i].is_floating_point()]
-    if not chosen:
-        return torch.zeros_like(z)
-    with torch.autocast(z.device.type, enabled=False):
-
-        def F(*some: Tensor) -> Tensor:
-            every = list(parameters)
-            for i, x in zip(chosen, some, strict=True):
-                every[i] = x
-            return system.residual(z, *every)
-
-        moved = pushforward(F, [parameters[i] for i in chosen], [tangents[i] for i in chosen], z)
-        if system.on_failure != "raise":
-            moved = _masked(converged, moved, 0.0)
-        return apply(system.tangent_system(), torch.zeros_like(moved), *system.linear_parameters(z, moved, parameters))[
-            0
-        ]

@@ -15,6 +15,7 @@ from implicit_layers.solution import Solution, SolveInfo, Status
 
 FLOOR = 1e-10  # terms smaller than this count as this: a root at which every term vanishes can still be reached
 FINAL_FLOOR = 1e-5  # the same once no further step helps
+GIVEN_FLOOR = 1e-3  # the same for a solution that somebody else found
 
 
 class Method:

@@ -127,7 +127,7 @@ def check_ift(
     tensor([ True, False])
     """
     entrance = enter("root", residual, z, theta, what="check_ift", batch_dims=batch_dims, z_name="z")
-    with opaque(z.device.type):
+    with opaque(z.device):
         point = entrance.z0.detach()
         leaves = [x.detach() for x in entrance.leaves]
         system = entrance.system

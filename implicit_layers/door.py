@@ -15,8 +15,9 @@ from implicit_layers.errors import CapturedTensorError, DeviceError, DtypeError,
 from implicit_layers.linalg import LinearSolver
 from implicit_layers.solution import OnFailure, check_on_failure
 from implicit_layers.solvers.problem import Method, resolve_batch_dims
-from implicit_layers.structure import Structure
+from implicit_layers.structure import Structure, flatten
 from implicit_layers.system import Kind, System
+from implicit_layers.transforms import full_precision
 
 Solver = Method | Callable[..., Any]
 
@@ -34,6 +35,7 @@ class Entrance:
     leaves: list[Tensor]
     structure: Structure
     dtype: torch.dtype  # of the given z0, to which the solution is cast back
+    dtypes: list[torch.dtype]  # of the given tensors of theta
 
 
 def enter(
@@ -69,10 +71,10 @@ def enter(
             f"{what}: {z_name} must be a real floating-point tensor, got {z0.dtype}; e.g. {z_name}.double()"
         )
     dims = resolve_batch_dims(z0, batch_dims, z_name)
-    structure = Structure(function, theta)
+    structure, given = flatten(function, theta)
     dtype = torch.float32 if z0.dtype in _HALF else z0.dtype
     start = z0.to(dtype)
-    leaves = [x.to(dtype) if x.dtype in _HALF else x for x in structure.leaves]
+    leaves = [x.to(dtype) if x.dtype in _HALF else x for x in given]
     for i, x in enumerate(leaves):
         if x.device != z0.device and x.ndim > 0:
             raise DeviceError(
@@ -89,7 +91,7 @@ def enter(
             return getattr(result, "value", result)
 
     system = System(kind, structure.call, dims, method, external, linear_solver, on_failure, what)
-    return Entrance(system, start, leaves, structure, z0.dtype)
+    return Entrance(system, start, leaves, structure, z0.dtype, [x.dtype for x in given])
 
 
 def _try_once(
@@ -99,7 +101,7 @@ def _try_once(
     name = _NAMES[kind]
     z, *plain = (_plain(x) for x in (z0, *leaves))
     wants_gradient = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(z0.device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), full_precision(z0.device):
         value = structure.call(z, *plain)
     if not isinstance(value, Tensor):
         raise ShapeError(f"{what}: {name}(z, *theta) must return a tensor, got {type(value).__name__}")

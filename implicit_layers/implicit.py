@@ -190,8 +190,7 @@ def root_vjp(
     needed = [x.is_floating_point() for x in leaves]
     everywhere = torch.ones(z.shape[: entrance.system.batch_dims], dtype=torch.bool, device=z.device)
     pulled = pull_back(entrance.system, entrance.z0, everywhere, leaves, grad, needed)
-    originals = entrance.structure.leaves
-    pulled = [None if g is None else g.to(x.dtype) for g, x in zip(pulled, originals, strict=True)]
+    pulled = [None if g is None else g.to(dtype) for g, dtype in zip(pulled, entrance.dtypes, strict=True)]
     result = entrance.structure.gather(pulled)
     return result[0] if bare else result
 
@@ -242,7 +241,7 @@ def _enter_at_solution(
 
 
 def _like(x: Tensor, other: Tensor, name: str) -> Tensor:
-    """X is a floating-point tensor with the shape of the other."""
+    """Refuse an x that is no floating-point tensor with the shape of the other."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise DtypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.shape != other.shape:

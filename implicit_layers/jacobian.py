@@ -15,6 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from implicit_layers.transforms import full_precision
+
 Pullback = Callable[[Tensor], tuple[Tensor, ...]]
 
 _CHUNK = 2**24  # entries of one batch of cotangents; bounds the memory that forming a Jacobian takes
@@ -26,12 +28,12 @@ def transform_active() -> bool:
 
 
 @contextmanager
-def opaque(device_type: str) -> Iterator[None]:
+def opaque(device: torch.device) -> Iterator[None]:
     """Run a solve unseen: no autocast, no inference mode, no saved-tensor hook of the caller's, no gradient."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(full_precision(device))
         # a functional transform has turned the hooks off, and pushing one would raise
         if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))

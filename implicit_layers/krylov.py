@@ -26,7 +26,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:  # (*S, n), (*S, n) -> (*S, 1)
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """A / b where b is not zero, else 0."""
+    """The quotient where b is not zero, else 0."""
     return torch.where(b == 0, 0.0, a / torch.where(b == 0, 1.0, b))
 
 

@@ -8,23 +8,23 @@ To any order, in reverse and forward mode, under every functional transform:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from implicit_layers.eager import uncompiled
 from implicit_layers.jacobian import opaque, pullback, pushforward
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.system import LinearSystem, System
+from implicit_layers.transforms import forward_mode, full_precision, primals
 
 AnySystem = System | LinearSystem
 
 
 def _masked(mask: Tensor, x: Tensor, otherwise: Tensor | float) -> Tensor:
-    """X where the problem's entry of the mask is true."""
+    """Keep x where the problem's entry of the mask is true."""
     return torch.where(mask.reshape((*mask.shape, *[1] * (x.ndim - mask.ndim))), x, otherwise)
 
 
@@ -35,7 +35,7 @@ class _Solve(torch.autograd.Function):
     @uncompiled
     def forward(system: AnySystem, z0: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Solve, unseen by autograd."""
-        with opaque(z0.device.type):
+        with opaque(z0.device):
             z0, *plain = (x.detach().clone() if x.is_inference() else x.detach() for x in (z0, *parameters))
             solution = system.run(z0, plain)
         return (solution.value, *solution.info)
@@ -71,10 +71,9 @@ class _Solve(torch.autograd.Function):
     @uncompiled
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """One pushed-forward tangent of the parameters, then one linear solve with the Jacobian."""
-        # autograd turns forward mode off in here, which silently zeroes the tangents of outer levels (jacfwd of jacfwd)
-        with forward_ad._set_fwd_grad_enabled(True):
+        with forward_mode():
             z, converged, parameters = _saved(ctx)
-            z, *parameters = (forward_ad.unpack_dual(x).primal for x in (z, *parameters))
+            z, *parameters = primals((z, *parameters))
 
             def work(z: Tensor, converged: Tensor, *rest: Any) -> list[Tensor | None]:
                 return [push_forward(ctx.system, z, converged, rest[: ctx.count], rest[ctx.count :])]
@@ -87,7 +86,7 @@ class _Solve(torch.autograd.Function):
         """Solve over the mapped axis as over one more batch dimension."""
         system, *tensors = inputs
         dims = in_dims[1:]
-        places = system.unmapped_inputs(dims)
+        places = system.places(dims)
         moved = []
         for x, d, place in zip(tensors, dims, places, strict=True):
             if place is None:
@@ -101,9 +100,7 @@ class _Solve(torch.autograd.Function):
 
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The solution, which problems were solved, and the parameters; failed problems stand at their start, where F is
-    known to be finite.
-    """
+    """The solution, which problems were solved, and the parameters; failed problems stand at their start."""
     z, converged, *rest = ctx.saved_tensors
     if ctx.system.may_fail:
         z0, *rest = rest
@@ -127,18 +124,13 @@ def pull_back(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Cotangents of the needed parameters from that of the solution."""
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z.device):
         if system.on_failure != "raise":
             g = _masked(converged, g, 0.0)
-        u = apply(system.transposed_system(), torch.zeros_like(g), *system.linear_parameters(z, g, parameters))[0]
+        linear_parameters = system.linear_parameters(z, g, parameters)
+        u = apply(system.transposed_system(), torch.zeros_like(g), *linear_parameters)[0]
         chosen = [i for i, need in enumerate(needed) if need]
-
-        def F(*some: Tensor) -> Tensor:
-            every = list(parameters)
-            for i, x in zip(chosen, some, strict=True):
-                every[i] = x
-            return system.residual(z, *every)
-
+        F = _residual_of(system, z, parameters, chosen)
         pulled = iter(pullback(F, *(parameters[i] for i in chosen))[1](u))
         return [next(pulled) if need else None for need in needed]
 
@@ -151,17 +143,24 @@ def push_forward(
     chosen = {i: t for i, (x, t) in pairs if t is not None and x.is_floating_point()}
     if not chosen:
         return torch.zeros_like(z)
-    with torch.autocast(z.device.type, enabled=False):
-
-        def F(*some: Tensor) -> Tensor:
-            every = list(parameters)
-            for i, x in zip(chosen, some, strict=True):
-                every[i] = x
-            return system.residual(z, *every)
-
+    with full_precision(z.device):
+        F = _residual_of(system, z, parameters, list(chosen))
         moved = pushforward(F, [parameters[i] for i in chosen], list(chosen.values()), z)
         if system.on_failure != "raise":
             moved = _masked(converged, moved, 0.0)
-        return apply(system.tangent_system(), torch.zeros_like(moved), *system.linear_parameters(z, moved, parameters))[
-            0
-        ]
+        linear_parameters = system.linear_parameters(z, moved, parameters)
+        return apply(system.tangent_system(), torch.zeros_like(moved), *linear_parameters)[0]
+
+
+def _residual_of(
+    system: AnySystem, z: Tensor, parameters: Sequence[Tensor], chosen: Sequence[int]
+) -> Callable[..., Tensor]:
+    """F at the solution as a function of some of the parameters."""
+
+    def F(*some: Tensor) -> Tensor:
+        every = list(parameters)
+        for i, x in zip(chosen, some, strict=True):
+            every[i] = x
+        return system.residual(z, *every)
+
+    return F

@@ -45,39 +45,24 @@ def _map(node: Any, leaf: Callable[[Any], Any]) -> Any:
 
 
 class Structure:
-    """How the arguments of `function` are made of a flat list of tensors.
+    """How the arguments of `function` are made of a flat list of tensors: explicit ones first, then the modules'."""
 
-    Attributes:
-        leaves: the tensors, the explicit ones first, then those of the modules.
-    """
-
-    def __init__(self, function: Callable[..., Any], theta: tuple[object, ...]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        theta: Any,
+        explicit: int,
+        held: _Held | None,
+        names: dict[str, int],
+        buffers: set[str],
+    ) -> None:
         self._function = function
-        self.leaves: list[Tensor] = []
-        modules: list[nn.Module] = []
-
-        def take(leaf: object) -> object:
-            if isinstance(leaf, Tensor):
-                self.leaves.append(leaf)
-                return _Slot(len(self.leaves) - 1)
-            if isinstance(leaf, nn.Module):
-                modules.append(leaf)
-            return leaf
-
-        self._theta = _map(theta, take)
-        self._explicit = len(self.leaves)
-        owner = getattr(function, "__self__", None)
-        for candidate in (function, owner):  # a module as the residual, or a method of one
-            if isinstance(candidate, nn.Module):
-                modules.append(candidate)
-        self._names: dict[str, int] = {}
-        if modules:
-            self._held = _Held(modules)
-            self._training = any(m.training for m in self._held.held.modules())
-            self._buffers = {name for name, _ in self._held.named_buffers()}
-            for name, tensor in [*self._held.named_parameters(), *self._held.named_buffers()]:
-                self._names[name] = len(self.leaves)
-                self.leaves.append(tensor)
+        self._theta = theta  # with a `_Slot` for every tensor
+        self._explicit = explicit
+        self._held = held
+        self._names = names  # of the modules' tensors, and where they are in the list
+        self._buffers = buffers
+        self._training = held is not None and any(m.training for m in held.held.modules())
 
     def theta(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
         """The arguments with these explicit tensors; modules stand as they are."""
@@ -86,7 +71,7 @@ class Structure:
     def call(self, z: Tensor, *leaves: Tensor) -> Any:
         """The function as a pure function of the unknown and the flat tensors."""
         theta = self.theta(leaves)
-        if not self._names:
+        if self._held is None:
             return self._function(z, *theta)
         tensors = {name: leaves[index] for name, index in self._names.items()}
         if self._training:  # running statistics are read, never updated, by the many calls of one solve
@@ -105,14 +90,13 @@ class Structure:
 
     def gather(self, values: Sequence[Any]) -> tuple[Any, ...]:
         """One value a tensor in the shape of the arguments; a module becomes a dict by name, what has none None."""
-        modules: list[nn.Module] = list(self._held.held) if self._names else []
 
         def place(node: Any) -> Any:
             if isinstance(node, _Slot):
                 return values[node.index]
             if not isinstance(node, nn.Module):
                 return None
-            prefix = f"held.{next(i for i, m in enumerate(modules) if m is node)}."
+            prefix = self._prefix(node)
             return {
                 name.removeprefix(prefix): values[index]
                 for name, index in self._names.items()
@@ -123,8 +107,7 @@ class Structure:
 
     def scatter(self, values: tuple[object, ...]) -> list[Tensor | None]:
         """The inverse of `gather`; what is missing is None."""
-        flat: list[Tensor | None] = [None] * len(self.leaves)
-        modules: list[nn.Module] = list(self._held.held) if self._names else []
+        flat: list[Tensor | None] = [None] * (self._explicit + len(self._names))
 
         def put(node: Any, value: Any) -> None:
             if value is None:
@@ -132,7 +115,7 @@ class Structure:
             if isinstance(node, _Slot):
                 flat[node.index] = value
             elif isinstance(node, nn.Module):
-                prefix = f"held.{next(i for i, m in enumerate(modules) if m is node)}."
+                prefix = self._prefix(node)
                 for name, tensor in value.items():
                     flat[self._names[prefix + name]] = tensor
             elif isinstance(node, dict):
@@ -144,3 +127,36 @@ class Structure:
 
         put(self._theta, values)
         return flat
+
+    def _prefix(self, module: nn.Module) -> str:
+        """What the names of a module's tensors begin with."""
+        modules: list[nn.Module] = [] if self._held is None else list(self._held.held)
+        return f"held.{next(i for i, m in enumerate(modules) if m is module)}."
+
+
+def flatten(function: Callable[..., Any], theta: tuple[object, ...]) -> tuple[Structure, list[Tensor]]:
+    """The structure of the arguments, and their tensors."""
+    leaves: list[Tensor] = []
+    modules: list[nn.Module] = []
+
+    def take(leaf: object) -> object:
+        if isinstance(leaf, Tensor):
+            leaves.append(leaf)
+            return _Slot(len(leaves) - 1)
+        if isinstance(leaf, nn.Module):
+            modules.append(leaf)
+        return leaf
+
+    template = _map(theta, take)
+    explicit = len(leaves)
+    for candidate in (function, getattr(function, "__self__", None)):  # a module as the function, or a method of one
+        if isinstance(candidate, nn.Module):
+            modules.append(candidate)
+    if not modules:
+        return Structure(function, template, explicit, None, {}, set()), leaves
+    held = _Held(modules)
+    names: dict[str, int] = {}
+    for name, tensor in [*held.named_parameters(), *held.named_buffers()]:
+        names[name] = len(leaves)
+        leaves.append(tensor)
+    return Structure(function, template, explicit, held, names, {name for name, _ in held.named_buffers()}), leaves

@@ -153,7 +153,7 @@ class System:
         """The system with one more mapped axis, in front; and where that axis is in the result."""
         return replace(self, maps=(*self.maps, dims[1:]), batch_dims=self.batch_dims + 1), 0
 
-    def unmapped_inputs(self, dims: Dims) -> tuple[int | None, ...]:
+    def places(self, dims: Dims) -> tuple[int | None, ...]:
         """Where the mapped axis must be in each tensor; None: it has none."""
         return (0, *(None if d is None else 0 for d in dims[1:]))
 
@@ -236,7 +236,7 @@ class LinearSystem:
         base, _ = self.base.mapped((0, *leaves))
         return replace(self, base=base), self.columns
 
-    def unmapped_inputs(self, dims: Dims) -> tuple[int | None, ...]:
+    def places(self, dims: Dims) -> tuple[int | None, ...]:
         """Where the mapped axis must be in each tensor; None: it has none."""
         _, z, _, *leaves = dims
         if z is None and all(d is None for d in leaves):

@@ -103,7 +103,7 @@ class GMRES(LinearSolver):
 
     >>> from implicit_layers.linalg import Matrix
     >>> GMRES().solve(Matrix(torch.tensor([[0.0, 2.0], [1.0, 0.0]])), torch.tensor([2.0, 3.0]))
-    tensor([3., 1.])
+    tensor([3.0000, 1.0000])
     """
 
     tol: float | None = None

@@ -138,6 +138,10 @@ def _without_autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.float() if isinstance(t, Tensor) and t.dtype in half else t for name, t in tensors.items()}
 
 
+_FACTOR_NDIM = (2, 2, 2, 2, 1, 1)  # trailing dimensions of the fields of `quadratic.Factor`
+_CONSTANTS = len(_FACTOR_NDIM) + 1  # those fields and the flag `degenerate`: what backward takes as constant
+
+
 class _Settings(NamedTuple):
     """What a solve needs besides tensors."""
 
@@ -187,10 +191,7 @@ class _QP(torch.autograd.Function):
             z.reshape(*batch, n).clone(),  # forward-mode differentiation refuses outputs that are views
             y[:, :n_eq].reshape(*batch, n_eq).clone(),
             y[:, n_eq:].reshape(*batch, m - n_eq).clone(),
-            chol_q.reshape(*batch, n, n) if chol_q.shape[0] == batch.numel() else chol_q[0].expand(*batch, n, n),
-            result.factor.chol_schur.reshape(*batch, m, m),
-            result.factor.scale.expand(batch.numel(), m).reshape(*batch, m),
-            result.factor.active.reshape(*batch, m),
+            *(quadratic.expand(t, k, batch) for t, k in zip(result.factor, _FACTOR_NDIM, strict=True)),
             result.degenerate.reshape(batch),
             *info,
         )
@@ -199,9 +200,9 @@ class _QP(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, Q, _, A, _, G, _ = inputs
         z, nu, lam, *constant = output
-        chol_q, chol_schur, scale, active, degenerate, _, converged, _, _ = constant
+        *factor, degenerate, _, converged, _, _ = constant
         ctx.mark_non_differentiable(*constant)
-        saved = (Q, A, G, z, nu, lam, chol_q, chol_schur, scale, active, degenerate, converged)
+        saved = (Q, A, G, z, nu, lam, *factor, degenerate, converged)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
@@ -228,7 +229,7 @@ class _QP(torch.autograd.Function):
             r_lam = r_lam if d_h is None else r_lam + d_h
             good = converged.unsqueeze(-1)
             rights = (torch.where(good, right, 0.0) for right in (r_z, r_nu, r_lam))
-            return (*_KKTSolve.apply(*factor, Q, A, G, *rights), *(None for _ in range(9)))
+            return (*_KKTSolve.apply(*factor, Q, A, G, *rights), *(None for _ in range(_CONSTANTS + 4)))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], settings: _Settings, *tensors: Tensor) -> tuple[Any, Any]:
@@ -242,7 +243,9 @@ class _KKTSolve(torch.autograd.Function):
     @staticmethod
     def forward(
         chol_q: Tensor,
-        chol_schur: Tensor,
+        chol_eq: Tensor,
+        across: Tensor,
+        chol_ineq: Tensor,
         scale: Tensor,
         active: Tensor,
         degenerate: Tensor,
@@ -264,25 +267,25 @@ class _KKTSolve(torch.autograd.Function):
                 DegenerateGradientWarning,
             )
         with transforms.full_precision(r_z.device):
-            parts = ((chol_q, 2), (chol_schur, 2), (scale, 1), (active, 1), (Q, 2), (A, 2), (G, 2))
-            *factor, Q, A, G = (quadratic.unexpand(t, k, batch).to(torch.float64) for t, k in parts)
+            blocks = (chol_q, chol_eq, across, chol_ineq, scale, active)
+            factor = (quadratic.unexpand(t, k, batch) for t, k in zip(blocks, _FACTOR_NDIM, strict=True))
+            Q, A, G = (quadratic.unexpand(t, 2, batch).to(torch.float64) for t in (Q, A, G))
             Q = quadratic.symmetric(Q)
             right_y = torch.cat([r_nu, r_lam], dim=-1)
             u_z, u_y = quadratic.solve(
                 quadratic.Factor(*factor),
                 Q,
                 _stack_rows(A, G),
-                r_z.reshape(batch.numel(), -1).to(torch.float64) if batch.numel() else r_z.reshape(0, r_z.shape[-1]),
+                r_z.reshape(batch.numel(), r_z.shape[-1]).to(torch.float64),
                 right_y.reshape(batch.numel(), right_y.shape[-1]).to(torch.float64),
                 refine,
             )
-        u_y = u_y.reshape(*batch, -1) if u_y.numel() else u_y.reshape(*batch, right_y.shape[-1])
-        u_nu, u_lam = u_y.to(dtype).split([n_eq, r_lam.shape[-1]], dim=-1)
+        u_nu, u_lam = u_y.to(dtype).reshape(right_y.shape).split([n_eq, r_lam.shape[-1]], dim=-1)
         return u_z.to(dtype).reshape(r_z.shape).clone(), u_nu.clone(), u_lam.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        saved = (*inputs[:8], *output)
+        saved = (*inputs[: _CONSTANTS + 3], *output)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
@@ -290,18 +293,19 @@ class _KKTSolve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *factor, Q, A, G, u_z, u_nu, u_lam = ctx.saved_tensors
         v_z, v_nu, v_lam = _KKTSolve.apply(*factor, Q, A, G, *grads)
-        needs = ctx.needs_input_grad
-        matrices = quadratic.parameter_gradients(v_z, v_nu, v_lam, u_z, u_nu, u_lam, (needs[5], needs[6], needs[7]))
-        return (*(None for _ in range(5)), *matrices, v_z, v_nu, v_lam)
+        needs = ctx.needs_input_grad[_CONSTANTS : _CONSTANTS + 3]
+        matrices = quadratic.parameter_gradients(v_z, v_nu, v_lam, u_z, u_nu, u_lam, needs)
+        return (*(None for _ in range(_CONSTANTS)), *matrices, v_z, v_nu, v_lam)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         with transforms.forward_mode():
             *factor, Q, A, G, u_z, u_nu, u_lam = transforms.primals(ctx.saved_tensors)
-            changes = _change_of_residual(tangents[5], tangents[6], tangents[7], u_z, u_nu, u_lam)
+            d_Q, d_A, d_G, *d_right = tangents[_CONSTANTS:]
+            changes = _change_of_residual(d_Q, d_A, d_G, u_z, u_nu, u_lam)
             rights = (
                 change if tangent is None else change + tangent
-                for change, tangent in zip(changes, tangents[8:], strict=True)
+                for change, tangent in zip(changes, d_right, strict=True)
             )
             return _KKTSolve.apply(*factor, Q, A, G, *rights)
 

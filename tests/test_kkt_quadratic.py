@@ -50,17 +50,18 @@ def test_active_set_solve_is_the_dense_kkt_solve() -> None:
     E, f = torch.cat([A, G], dim=-2), torch.cat([b, h], dim=-1)
     active = torch.cat([torch.ones(3, 2), lam > 0], dim=-1).double()
     chol_q = torch.linalg.cholesky(Q)
-    reduced = quadratic.reduce(chol_q, p, E, f)
+    reduced = quadratic.reduce(chol_q, p, E, f, 2, 1e-10)
     assert torch.allclose(reduced.schur.diagonal(dim1=-2, dim2=-1), torch.ones(3, 7).double())
-    factor, positive = quadratic.factorise(chol_q, reduced.schur, reduced.scale, active, 0.0)
+    factor, positive = quadratic.factorise(reduced, active)
     assert positive.all()
     r_z, r_y = torch.randn(3, 6).double(), torch.randn(3, 7).double()
     E_a = E * active.unsqueeze(-1)
     lower = torch.cat([E_a, torch.diag_embed(1.0 - active)], dim=-1)
     K = torch.cat([torch.cat([Q, E_a.mT], dim=-1), lower], dim=-2)
     expected = torch.stack([torch.linalg.solve(K[i], torch.cat([r_z[i], active[i] * r_y[i]])) for i in range(3)])
-    for refine in (0, 1, 2):
-        u_z, u_y = quadratic.solve(factor, Q, E, r_z, r_y, refine)
+    ridged = quadratic.factorise_with_ridge(reduced, active, 1e-10)
+    for each, refine in ((factor, 0), (factor, 1), (factor, 2), (ridged, 2)):
+        u_z, u_y = quadratic.solve(each, Q, E, r_z, r_y, refine)
         assert torch.allclose(torch.cat([u_z, u_y], dim=-1), expected, atol=1e-10)
 
 
@@ -68,8 +69,11 @@ def test_dependent_rows_are_noticed() -> None:
     Q, p, A, b, *_ = random_qp(6, 0, 2, batch=(3,), seed=3)
     E, f = torch.cat([A, A[:, :1]], dim=-2), torch.cat([b, b[:, :1]], dim=-1)
     chol_q = torch.linalg.cholesky(Q)
-    reduced = quadratic.reduce(chol_q, p, E, f)
-    assert not quadratic.factorise(chol_q, reduced.schur, reduced.scale, torch.ones(3, 3).double(), 0.0)[1].any()
+    everything = torch.ones(3, 3, dtype=torch.float64)
+    for n_eq in (3, 2, 0):  # whether they are equalities or inequalities
+        reduced = quadratic.reduce(chol_q, p, E, f, n_eq, 1e-10)
+        assert reduced.dependent.all() == (n_eq == 3)
+        assert not quadratic.factorise(reduced, everything)[1].any()
 
 
 def test_shared_matrices_are_recognised_and_not_copied() -> None:

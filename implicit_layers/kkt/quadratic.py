@@ -32,16 +32,22 @@ class KKTResidual(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """Cholesky factors of the KKT system on an active set; leading dimensions broadcast."""
+    """Cholesky factors of the KKT system on an active set; leading dimensions broadcast.
+
+    The Schur complement of the active rows, D E_a Q⁻¹ E_aᵀ D with ones on the diagonal of inactive rows, has the factor
+    [[C_e, 0], [Xᵀ, C_i]], equality rows first.
+    """
 
     chol_q: Tensor  # (*B, n, n): Q = L Lᵀ
-    chol_schur: Tensor  # (*B, m, m): D E_a Q⁻¹ E_aᵀ D + (identity on inactive rows) + ridge
+    chol_eq: Tensor  # (*B, n_eq, n_eq): C_e
+    across: Tensor  # (*B, n_eq, n_ineq): X; its inactive columns do not count
+    chol_ineq: Tensor  # (*B, n_ineq, n_ineq): C_i
     scale: Tensor  # (*B, m): D, which gives the rows of D E Q⁻¹ Eᵀ D unit diagonal
     active: Tensor  # (*B, m): 1 on equality rows and active inequality rows, else 0
 
 
 class Reduced(NamedTuple):
-    """The dual form: E z − f = (t − S y) / scale with y = scale ∘ (dual), z eliminated."""
+    """The dual form: E z − f = (t − S y) / scale with y = scale ∘ (dual), z eliminated; then ν eliminated too."""
 
     chol_q: Tensor  # (N or 1, n, n)
     free: Tensor  # (N or 1, n): z⁰ = −Q⁻¹p, the minimum without constraints
@@ -49,6 +55,10 @@ class Reduced(NamedTuple):
     scale: Tensor  # (N or 1, m): the diagonal of D
     violation: Tensor  # (N or 1, m): t = D (E z⁰ − f), distances in the norm of Q
     entry: Tensor  # (N or 1,): the largest entry of E
+    chol_eq: Tensor  # (N or 1, n_eq, n_eq): S_ee = C_e C_eᵀ
+    across: Tensor  # (N or 1, n_eq, n_ineq): X = C_e⁻¹ S_ei
+    projected: Tensor  # (N or 1, n_ineq, n_ineq): R = S_ii − XᵀX
+    dependent: Tensor  # (N or 1,) bool: equality rows depend on each other, and C_e has a ridge
 
 
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, n) -> (*B, m)
@@ -77,10 +87,14 @@ def largest(vector: Tensor) -> Tensor:  # (*B, m) -> (*B,)
 
 def cholesky_solve(factor: Tensor, vector: Tensor) -> Tensor:  # (*B, n, n), (*B, n) -> (*B, n)
     """Solve L Lᵀ x = vector; two triangular solves, since `torch.cholesky_solve` copies its factor first."""
+    return triangular_solve(factor, triangular_solve(factor, vector), transposed=True)
+
+
+def triangular_solve(factor: Tensor, vector: Tensor, *, transposed: bool = False) -> Tensor:
+    """Solve L x = vector, or Lᵀ x = vector."""
     shared = factor.ndim == 3 and factor.shape[0] == 1 and vector.shape[0] != 1  # one matrix, many right-hand sides
     lower, right = (factor[0], vector.mT) if shared else (factor, vector.unsqueeze(-1))
-    half = torch.linalg.solve_triangular(lower, right, upper=False)
-    solution = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    solution = torch.linalg.solve_triangular(lower.mT if transposed else lower, right, upper=transposed)
     return solution.mT if shared else solution.squeeze(-1)
 
 
@@ -139,33 +153,74 @@ def parameter_gradients(
     return grad_Q, grad_A, grad_G
 
 
-def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor) -> Reduced:
-    """Eliminate z: one triangular solve for all rows and one product."""
+def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, ridge: float) -> Reduced:
+    """Eliminate z and ν: a triangular solve for all rows, a product, and the same again for the equality rows."""
     free = -cholesky_solve(chol_q, p)
     half = torch.linalg.solve_triangular(chol_q, E.mT, upper=False)  # L⁻¹Eᵀ, (N or 1, n, m)
     length = torch.linalg.vector_norm(half, dim=-2)
     scale = torch.where(length > 0, length, 1.0).reciprocal()
     half = half * scale.unsqueeze(-2)
     entry = torch.linalg.vector_norm(E, torch.inf, dim=(-2, -1)) if E.shape[-2] else E.new_zeros(E.shape[0])
-    return Reduced(chol_q, free, half.mT @ half, scale, scale * (matvec(E, free) - f), entry)
+    schur = half.mT @ half
+    corner = schur[:, :n_eq, :n_eq]
+    chol_eq, positive = _cholesky(corner)
+    if n_eq:
+        eye = torch.eye(n_eq, dtype=schur.dtype, device=schur.device)
+        chol_eq = torch.where(positive[:, None, None], chol_eq, torch.linalg.cholesky_ex(corner + ridge * eye)[0])
+    across = torch.linalg.solve_triangular(chol_eq, schur[:, :n_eq, n_eq:], upper=False)
+    projected = torch.baddbmm(schur[:, n_eq:, n_eq:], across.mT, across, alpha=-1)
+    violation = scale * (matvec(E, free) - f)
+    return Reduced(chol_q, free, schur, scale, violation, entry, chol_eq, across, projected, ~positive)
 
 
-def factorise(chol_q: Tensor, schur: Tensor, scale: Tensor, active: Tensor, ridge: float) -> tuple[Factor, Tensor]:
-    """Factor the Schur complement on the active rows; also returns where it was positive definite, (N,)."""
-    masked = (schur * active.unsqueeze(-1)).mul_(active.unsqueeze(-2))
-    masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - active + ridge)
-    chol_schur, info = torch.linalg.cholesky_ex(masked)
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor matrices of unit diagonal; also tell where they are positive definite to working precision, (N,)."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
     positive = info == 0
-    if schur.shape[-1]:
-        positive = positive & (chol_schur.diagonal(dim1=-2, dim2=-1).amin(-1) ** 2 > 1e-13)
-    return Factor(chol_q, chol_schur, scale, active), positive
+    if matrix.shape[-1]:
+        positive = positive & (factor.diagonal(dim1=-2, dim2=-1).amin(-1) ** 2 > 1e-13)
+    return factor, positive
+
+
+def factorise(reduced: Reduced, active: Tensor) -> tuple[Factor, Tensor]:
+    """Factor the Schur complement on the active rows; also tell where they do not depend on each other, (N,)."""
+    chosen = active[:, reduced.chol_eq.shape[-1] :]
+    masked = (reduced.projected * chosen.unsqueeze(-1)).mul_(chosen.unsqueeze(-2))
+    masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - chosen)
+    chol_ineq, positive = _cholesky(masked)
+    factor = Factor(reduced.chol_q, reduced.chol_eq, reduced.across, chol_ineq, reduced.scale, active)
+    return factor, positive & ~reduced.dependent
+
+
+def factorise_with_ridge(reduced: Reduced, active: Tensor, ridge: float) -> Factor:
+    """Factor the Schur complement on the active rows plus a ridge, which is definite whatever the rows."""
+    n_eq = reduced.chol_eq.shape[-1]
+    masked = (reduced.schur * active.unsqueeze(-1)).mul_(active.unsqueeze(-2))
+    masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - active + ridge)
+    whole, _ = torch.linalg.cholesky_ex(masked)
+    blocks = (whole[:, :n_eq, :n_eq], whole[:, n_eq:, :n_eq].mT, whole[:, n_eq:, n_eq:])
+    return Factor(reduced.chol_q, *blocks, reduced.scale, active)
+
+
+def schur_solve(factor: Factor, vector: Tensor) -> Tensor:  # (N, m) -> (N, m)
+    """Solve with the Schur complement on the active rows, in scaled units; inactive rows give zero."""
+    n_eq = factor.chol_eq.shape[-1]
+    if n_eq == 0:
+        return cholesky_solve(factor.chol_ineq, factor.active * vector)
+    sizes = [n_eq, factor.chol_ineq.shape[-1]]
+    right_eq, right_ineq = vector.split(sizes, dim=-1)
+    _, chosen = factor.active.split(sizes, dim=-1)
+    first = triangular_solve(factor.chol_eq, right_eq)
+    second = chosen * (right_ineq - transposed_matvec(factor.across, first))
+    y_ineq = cholesky_solve(factor.chol_ineq, second)
+    y_eq = triangular_solve(factor.chol_eq, first - matvec(factor.across, y_ineq), transposed=True)
+    return torch.cat([y_eq, y_ineq], dim=-1)
 
 
 def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Tensor, Tensor]:
     """Solve the active-set system with the factors alone."""
     step = cholesky_solve(factor.chol_q, r_z)
-    right = factor.active * factor.scale * (matvec(E, step) - r_y)
-    u_y = factor.active * factor.scale * cholesky_solve(factor.chol_schur, right)
+    u_y = factor.scale * schur_solve(factor, factor.scale * (matvec(E, step) - r_y))
     return step - cholesky_solve(factor.chol_q, transposed_matvec(E, u_y)), u_y
 
 
@@ -220,3 +275,11 @@ def unexpand(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
     if batch.numel() and all(stride == 0 or size == 1 for stride, size in zip(strides, sizes, strict=True)):
         return tensor[(0,) * len(sizes)].unsqueeze(0)
     return tensor.expand(*batch, *event).reshape(batch.numel(), *event)
+
+
+def expand(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
+    """Undo `unexpand`: (N, ...) or (1, ...) to (*batch, ...); what is shared stays one memory."""
+    event = tensor.shape[tensor.ndim - event_ndim :]
+    if tensor.shape[0] == batch.numel():
+        return tensor.reshape(*batch, *event)
+    return tensor[0].expand(*batch, *event)

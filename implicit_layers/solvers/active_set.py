@@ -16,7 +16,7 @@ from torch import Tensor
 from implicit_layers.kkt import quadratic
 from implicit_layers.solution import Status
 
-_RIDGE = 1e-10  # on the unit diagonal of the Schur complement, where active rows depend on each other
+RIDGE = 1e-10  # on the unit diagonal of the Schur complement, where active rows depend on each other
 REFINE = 1  # refinement steps on a factor without ridge
 REFINE_DEPENDENT = 6  # with the ridge: each step gains a factor ridge / (smallest non-zero eigenvalue)
 _FAR = 1e5  # how many times farther than every single constraint the nearest feasible point may lie
@@ -65,17 +65,19 @@ class ActiveSetPoint(NamedTuple):
 
 
 def solve_on(
-    program: Program, active: Tensor, y: Tensor, *, tol: float, sign_tol: float, refine: int, ridge: float = 0.0
+    program: Program, active: Tensor, y: Tensor, *, tol: float, sign_tol: float, refine: int, ridge: bool = False
 ) -> ActiveSetPoint:
     """Solve on the active rows, with a ridge next to the duals `y`, and judge the answer by its KKT conditions."""
     Q, p, E, f, n_eq, reduced = program
-    factor, independent = quadratic.factorise(reduced.chol_q, reduced.schur, reduced.scale, active, ridge)
     if ridge:  # next to the duals at hand; without a ridge there is one answer, and zero data must give exact zeros
+        factor = quadratic.factorise_with_ridge(reduced, active, RIDGE)
+        independent = torch.ones_like(active[:, 0], dtype=torch.bool)
         start = active * y / reduced.scale
-        right = active * (reduced.violation - quadratic.matvec(reduced.schur, start))
-        dual = start + quadratic.cholesky_solve(factor.chol_schur, right)
+        right = reduced.violation - quadratic.matvec(reduced.schur, start)
+        dual = start + quadratic.schur_solve(factor, right)
     else:
-        dual = quadratic.cholesky_solve(factor.chol_schur, active * reduced.violation)
+        factor, independent = quadratic.factorise(reduced, active)
+        dual = quadratic.schur_solve(factor, reduced.violation)
     y = reduced.scale * dual
     z = reduced.free - quadratic.cholesky_solve(reduced.chol_q, quadratic.transposed_matvec(E, y))
     curved, pulled, image = quadratic.matvec(Q, z), quadratic.transposed_matvec(E, y), quadratic.matvec(E, z)
@@ -104,18 +106,24 @@ class Answers:
         like = program.reduced.schur
         self.z = like.new_zeros(batch, n)
         self.y = like.new_zeros(batch, m)
-        self.chol_schur = like.new_empty(0)  # made when needed: it is the largest
+        self.chol_eq, self.across = program.reduced.chol_eq, program.reduced.across
+        self.chol_ineq: Tensor | None = None
         self.active = like.new_zeros(batch, m)
         self.residual = like.new_full((batch,), torch.inf)
         self.iterations = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.status = torch.full((batch,), int(Status.NOT_CONVERGED), dtype=torch.int8, device=like.device)
         self.degenerate = torch.zeros(batch, dtype=torch.bool, device=like.device)
 
-    def fill_factor(self) -> None:
-        """Make room for the factors; those of failed programs stay the identity."""
-        if self.chol_schur.numel() == 0:
-            m = self.y.shape[-1]
-            self.chol_schur = torch.eye(m, dtype=self.y.dtype, device=self.y.device).repeat(self.y.shape[0], 1, 1)
+    def factor(self, program: Program) -> quadratic.Factor:
+        """Give the factors on the active sets of all programs; that of a failed program is of no use."""
+        reduced = program.reduced
+        chol_ineq = self._room() if self.chol_ineq is None else self.chol_ineq
+        return quadratic.Factor(reduced.chol_q, self.chol_eq, self.across, chol_ineq, reduced.scale, self.active)
+
+    def _room(self) -> Tensor:
+        """Make room for the factors, identities at first."""
+        batch, n_ineq = self.y.shape[0], self.y.shape[1] - self.chol_eq.shape[-1]
+        return torch.eye(n_ineq, dtype=self.y.dtype, device=self.y.device).repeat(batch, 1, 1)
 
     def settle(
         self,
@@ -149,9 +157,14 @@ class Answers:
         and derivatives of least norm. Where they do not (the two sides of a thin slab), only an independent choice of
         them, large duals first, can be active.
         """
-        point = solve_on(program, active, y, tol=tol, sign_tol=1e-7, refine=REFINE_DEPENDENT, ridge=_RIDGE)
+        point = solve_on(program, active, y, tol=tol, sign_tol=1e-7, refine=REFINE_DEPENDENT, ridge=True)
         self._keep(index, point, point.accepted)
         self.degenerate[index] = point.accepted
+        rows = point.accepted.nonzero().squeeze(-1)
+        if rows.numel():
+            batch = self.z.shape[0]
+            self.chol_eq = self.chol_eq.expand(batch, -1, -1).index_copy(0, index[rows], point.factor.chol_eq[rows])
+            self.across = self.across.expand(batch, -1, -1).index_copy(0, index[rows], point.factor.across[rows])
         left = (~point.accepted).nonzero().squeeze(-1)
         if not left.numel():
             return left
@@ -174,7 +187,7 @@ class Answers:
         inequality = torch.arange(y.shape[-1], device=y.device) >= program.n_eq
         dual = _unit(self.y[index] / reduced.scale)
         support = (~inequality | (dual > 1e-6)).to(dual.dtype)
-        factor, _ = quadratic.factorise(reduced.chol_q, reduced.schur, reduced.scale, support, _RIDGE)
+        factor = quadratic.factorise_with_ridge(reduced, support, RIDGE)
         far = _FAR * quadratic.largest(reduced.violation)
         proven = torch.zeros_like(far, dtype=torch.bool)
         for _ in range(3):
@@ -183,7 +196,7 @@ class Answers:
             length = torch.linalg.vector_norm(half, dim=(-2, -1))
             depth = (dual * reduced.violation).sum(-1)
             proven = proven | ((depth > 1e-15 * far) & (depth >= far * length))
-            dual = _RIDGE * support * quadratic.cholesky_solve(factor.chol_schur, support * dual)  # towards Eᵀy = 0
+            dual = RIDGE * quadratic.schur_solve(factor, dual)  # towards Eᵀy = 0
             dual = _unit(torch.where(inequality, dual.clamp(min=0.0), dual))
         failed = torch.where(proven, int(Status.INFEASIBLE), int(Status.NOT_CONVERGED))
         self.status[index] = failed.to(torch.int8)
@@ -195,10 +208,10 @@ class Answers:
             return
         to = index[rows]
         if rows.numel() == self.z.shape[0]:  # all at once: nothing to copy
-            self.chol_schur = point.factor.chol_schur
+            self.chol_ineq = point.factor.chol_ineq
         else:
-            self.fill_factor()
-            self.chol_schur[to] = point.factor.chol_schur[rows]
+            self.chol_ineq = self._room() if self.chol_ineq is None else self.chol_ineq
+            self.chol_ineq[to] = point.factor.chol_ineq[rows]
         self.z[to] = point.z[rows]
         self.y[to] = point.y[rows]
         self.active[to] = point.factor.active[rows]

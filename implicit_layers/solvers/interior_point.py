@@ -26,7 +26,7 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.kkt import quadratic
 from implicit_layers.solution import SolveInfo, Status
-from implicit_layers.solvers.active_set import Answers, Program
+from implicit_layers.solvers.active_set import RIDGE, Answers, Program
 
 
 class _Phase(NamedTuple):
@@ -89,18 +89,16 @@ class InteriorPoint:
     @torch.no_grad()
     def solve(self, chol_q: Tensor, Q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, batch: int) -> QPResult:
         """Solve a batch of programs with rows stacked, E = [A; G], f = [b; h], given the Cholesky factor of Q."""
-        program = Program(Q, p, E, f, n_eq, quadratic.reduce(chol_q, p, E, f))
+        program = Program(Q, p, E, f, n_eq, quadratic.reduce(chol_q, p, E, f, n_eq, RIDGE))
         answers = Answers(program, batch)
         if batch:
             if E.shape[-2] == n_eq:
                 self._solve_equalities(program, answers)
             else:
                 self._solve_inequalities(program, answers)
-        answers.fill_factor()
-        factor = quadratic.Factor(chol_q, answers.chol_schur, program.reduced.scale, answers.active)
         converged = answers.status == int(Status.CONVERGED)
         info = SolveInfo(answers.status, converged, answers.iterations, answers.residual)
-        return QPResult(answers.z, answers.y, factor, answers.degenerate, info, program)
+        return QPResult(answers.z, answers.y, answers.factor(program), answers.degenerate, info, program)
 
     def _solve_equalities(self, program: Program, answers: Answers) -> None:
         """One solve; where the rows depend on each other, one more with a ridge."""
@@ -140,18 +138,10 @@ class _CentralPath:
     def __init__(self, program: Program, batch: int) -> None:
         self.program = program
         self.index = torch.arange(batch, device=program.Q.device)
-        n_eq = program.n_eq
-        schur, violation = program.reduced.schur, program.reduced.violation
-        corner = schur[:, :n_eq, :n_eq]
-        self.chol_eq, info = torch.linalg.cholesky_ex(corner)
-        if n_eq:
-            ridge = 1e-10 * torch.eye(n_eq, dtype=schur.dtype, device=schur.device)
-            weak = (info != 0) | (self.chol_eq.diagonal(dim1=-2, dim2=-1).amin(-1) ** 2 < 1e-12)
-            self.chol_eq = torch.where(weak[:, None, None], torch.linalg.cholesky_ex(corner + ridge)[0], self.chol_eq)
-        across = torch.linalg.solve_triangular(self.chol_eq, schur[:, :n_eq, n_eq:], upper=False)
-        half = torch.linalg.solve_triangular(self.chol_eq, violation[:, :n_eq, None], upper=False)
-        self.R = torch.baddbmm(schur[:, n_eq:, n_eq:], across.mT, across, alpha=-1)
-        w = (across.mT @ half).squeeze(-1) - violation[:, n_eq:]
+        reduced, n_eq = program.reduced, program.n_eq
+        self.R = reduced.projected
+        half = quadratic.triangular_solve(reduced.chol_eq, reduced.violation[:, :n_eq])
+        w = quadratic.transposed_matvec(reduced.across, half) - reduced.violation[:, n_eq:]
         self.unit = torch.where((w != 0).any(-1), w.abs().amax(-1), 1.0)[:, None]
         self.w = (w / self.unit).expand(batch, -1)
         self.unit = self.unit.expand(batch, -1)
@@ -161,15 +151,13 @@ class _CentralPath:
         margin = torch.where((start != 0).any(-1), start.abs().amax(-1), 1.0)[:, None]
         self.lam = start.clamp(min=0.0) + margin
         self.s = (-start).clamp(min=0.0) + margin
-        self.iterations = torch.zeros(batch, dtype=torch.int64, device=schur.device)
-        self.stuck = torch.zeros(batch, dtype=torch.bool, device=schur.device)
+        self.iterations = torch.zeros(batch, dtype=torch.int64, device=self.R.device)
+        self.stuck = torch.zeros(batch, dtype=torch.bool, device=self.R.device)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the programs only."""
         self.program = self.program.take(rows)
-        for name in ("R", "chol_eq"):
-            tensor = getattr(self, name)
-            setattr(self, name, tensor if tensor.shape[0] == 1 else tensor[rows])
+        self.R = self.program.reduced.projected
         for name in ("index", "unit", "w", "lam", "s", "iterations", "stuck"):
             setattr(self, name, getattr(self, name)[rows])
 
@@ -189,7 +177,7 @@ class _CentralPath:
         n_eq, reduced = self.program.n_eq, self.program.reduced
         lam = self.unit * self.lam
         right = reduced.violation[:, :n_eq] - quadratic.matvec(reduced.schur[:, :n_eq, n_eq:], lam)
-        return reduced.scale * torch.cat([quadratic.cholesky_solve(self.chol_eq, right), lam], dim=-1)
+        return reduced.scale * torch.cat([quadratic.cholesky_solve(reduced.chol_eq, right), lam], dim=-1)
 
     def advance(self, target: float, max_iter: int) -> None:
         """Iterate until the duality measure of every program is below `target`, or it is stuck."""

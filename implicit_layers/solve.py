@@ -101,7 +101,8 @@ class _Solve(torch.autograd.Function):
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The solution, which problems were solved, and the parameters; failed problems stand at their start."""
-    z, converged, *rest = ctx.saved_tensors
+    # after `vjp` has returned, what it tracked is a wrapper that no transform takes off any more
+    z, converged, *rest = map(torch._C._functorch.unwrap_if_dead, ctx.saved_tensors)
     if ctx.system.may_fail:
         z0, *rest = rest
         z = _masked(converged, z, z0)

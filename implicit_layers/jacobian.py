@@ -41,6 +41,11 @@ def opaque(device: torch.device) -> Iterator[None]:
         yield
 
 
+def recordable(*tensors: Tensor) -> list[Tensor]:
+    """The tensors without history; those made in inference mode are copied, since autograd cannot record them."""
+    return [x.detach().clone() if x.is_inference() else x.detach() for x in tensors]
+
+
 @contextmanager
 def _without_hooks() -> Iterator[None]:
     """Lift the caller's saved-tensor hooks (of a checkpoint, say): functional transforms refuse to run under any."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers.eager import uncompiled
-from implicit_layers.jacobian import living, opaque, pullback, pushforward, transform_active
+from implicit_layers.jacobian import living, opaque, pullback, pushforward, recordable, transform_active
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.system import LinearSystem, System
 from implicit_layers.transforms import forward_mode, full_precision, primals
@@ -37,7 +37,7 @@ class _Solve(torch.autograd.Function):
     def forward(system: AnySystem, z0: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Solve, unseen by autograd."""
         with opaque(z0.device):
-            z0, *plain = (x.detach().clone() if x.is_inference() else x.detach() for x in (z0, *parameters))
+            z0, *plain = recordable(z0, *parameters)
             solution = system.run(z0, plain)
         return (solution.value, *solution.info)
 

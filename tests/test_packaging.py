@@ -169,7 +169,7 @@ def test_the_slow_tests_run_in_ci():
 
 def test_ci_holds_torch_still_and_runs_the_readmes_line():
     script = read(".ci/run")
-    assert 'PIP_CONSTRAINT="$PWD/.ci/constraints.txt"' in script
+    assert "PIP_CONSTRAINT=.ci/constraints.txt" in script
     assert re.search(r"^torch==\d+\.\d+\.\d+$", read(".ci/constraints.txt"), re.M)
     pattern = re.search(r"grep -m 1 -E '(.+)' README\.md", script).group(1)
     lines = [line for line in read("README.md").splitlines() if re.search(pattern, line)]

@@ -40,7 +40,7 @@ class _Phase(NamedTuple):
 
 
 _PHASES = (
-    _Phase(1e-3, 1e-12, 1, balanced=False, dependent=False),
+    _Phase(1e-3, 1e-12, 1, balanced=True, dependent=False),
     _Phase(1e-6, 1e-12, 1, balanced=False, dependent=False),
     _Phase(1e-9, 1e-12, 1, balanced=True, dependent=False),
     _Phase(1e-12, 1e-11, 3, balanced=False, dependent=True),

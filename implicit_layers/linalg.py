@@ -20,6 +20,7 @@ from implicit_layers.errors import NotPositiveDefiniteError, ShapeError, Singula
 from implicit_layers.solution import OnFailure
 
 DENSE_LIMIT = 512  # unknowns a problem up to which the default forms the Jacobian
+_QR_LIMIT = 48  # unknowns up to which a batched QR is faster on the CPU than one LU after the other
 
 
 class Operator(Protocol):
@@ -109,9 +110,16 @@ def refuse(bad: Tensor, message: str, error: type[Exception] = SingularAdjointEr
         raise error(f"{message}: {int(bad.sum())} of {bad.numel()} systems{where}")
 
 
+def _by_lu(A: Tensor, b: Tensor) -> Tensor:  # (*B, n, n), (*B, n, k) -> (*B, n, k)
+    """LU with one step of refinement; not finite where A is singular."""
+    LU, pivots, _ = torch.linalg.lu_factor_ex(A)
+    x = torch.linalg.lu_solve(LU, pivots, b)
+    return x + torch.linalg.lu_solve(LU, pivots, b - A @ x)
+
+
 @dataclass(frozen=True)
 class Direct(LinearSolver):
-    """Dense factorisation of each block: LU (one matrix, or a GPU), QR (a batch on the CPU), one step of refinement.
+    """Dense factorisation of each block, LU or (a batch of small ones on the CPU) QR, with one step of refinement.
 
     Cost:  n products to form each block, then O(n³) a problem; every right-hand side reuses the factor.
 
@@ -126,20 +134,18 @@ class Direct(LinearSolver):
             return torch.zeros_like(rhs)
         if operator.n == 1:
             x = b / A
-        elif A.is_cuda or prod(A.shape[:-2]) == 1:
-            # a single matrix keeps LAPACK's loop out of the batch: batched LU hangs on some CPU builds
-            shape = b.shape
-            if not A.is_cuda:
-                A, b = A.reshape(A.shape[-2:]), b.reshape(b.shape[-2:])
-            LU, pivots, _ = torch.linalg.lu_factor_ex(A)
-            x = torch.linalg.lu_solve(LU, pivots, b)
-            x = (x + torch.linalg.lu_solve(LU, pivots, b - A @ x)).reshape(shape)
+        elif A.is_cuda:
+            x = _by_lu(A, b)
+        elif prod(A.shape[:-2]) == 1 or operator.n > _QR_LIMIT:
+            # one matrix at a time: batched LU hangs on some CPU builds of PyTorch
+            matrices, columns = A.reshape(-1, *A.shape[-2:]), b.reshape(-1, *b.shape[-2:])
+            x = torch.stack([_by_lu(M, c) for M, c in zip(matrices, columns, strict=True)]).reshape(b.shape)
         else:
             Q, R = torch.linalg.qr(A)
             x = torch.linalg.solve_triangular(R, Q.mT @ b, upper=True)
             x = x + torch.linalg.solve_triangular(R, Q.mT @ (b - A @ x), upper=True)
         if on_failure == "raise":
-            bad = torch.isfinite(b.reshape(x.shape)).all(-2) & ~torch.isfinite(x).all(-2)
+            bad = torch.isfinite(b).all(-2) & ~torch.isfinite(x).all(-2)
             refuse(bad.any(-1), "Direct: the matrix is singular")
         return columns_first(x, rhs)
 

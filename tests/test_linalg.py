@@ -42,7 +42,7 @@ CASES = [(s, general) for s in GENERAL] + [(s, positive) for s in POSITIVE]
 
 @pytest.mark.parametrize(("solver", "make"), CASES, ids=lambda c: getattr(c, "__name__", type(c).__name__))
 @pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3)])
-@pytest.mark.parametrize("n", [1, 2, 6])
+@pytest.mark.parametrize("n", [1, 2, 6, 60])
 def test_solves(solver: LinearSolver, make: type, batch: tuple[int, ...], n: int):
     A, b = make(*batch, n), rand(*batch, n, seed=1)
     x = solver.solve(Matrix(A), b)

@@ -305,6 +305,21 @@ def test_an_objective_far_below_its_own_rounding():
     assert (z - exact).abs().max() < 1e-8
 
 
+@pytest.mark.parametrize("solver", [il.Newton(), il.LBFGS(), il.GradientDescent()], ids=name)
+@pytest.mark.parametrize("far", [0.0, 1.0])
+def test_an_objective_whose_rounding_is_larger_than_its_value(solver: Method, far: float):
+    # log cosh rounds at 1e-16 however small it is, and here it ends at values of 1e-8 and at zero
+    a, b = rand(2000, 1), far * rand(2000, 1, seed=1)
+
+    def f(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return (0.5 * far * (z - b) ** 2 + torch.log(torch.cosh(a * z if far else z - 1e-3 * a))).sum(-1)
+
+    z, info = solver.argmin(f, rand(2000, 1, seed=2), a, b)
+    slope = far * (z - b) + (a * torch.tanh(a * z) if far else torch.tanh(z - 1e-3 * a))
+    assert info.converged.all() and (info.iterations < 30).all()
+    assert slope.abs().max() < 1e-9
+
+
 def test_line_search_keeps_the_weak_wolfe_conditions():
     def evaluate(y: Tensor) -> tuple[Tensor, Tensor]:
         return (torch.sin(3 * y) + y**2).sum(-1), 3 * torch.cos(3 * y) + 2 * y
@@ -312,7 +327,7 @@ def test_line_search_keeps_the_weak_wolfe_conditions():
     y = rand(50, 2)
     value, g = evaluate(y)
     length = torch.logspace(-6, 6, 50, dtype=F64)
-    new, v, G, moved = wolfe_step(evaluate, y, value, g, -g, length, torch.ones(50, dtype=torch.bool))
+    new, v, G, moved = wolfe_step(evaluate, y, value, g, -g, length, torch.ones(50, dtype=torch.bool), 0 * value)
     slope = -(g * g).sum(-1)
     t = ((new - y) * -g).sum(-1) / (g * g).sum(-1)
     assert moved.all()

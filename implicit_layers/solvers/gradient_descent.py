@@ -12,10 +12,8 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.jacobian import gradient
 from implicit_layers.solution import Solution
-from implicit_layers.solvers.lbfgs import descend
-from implicit_layers.solvers.problem import Method, Rows, Terms, norm, outcome, relative, resolve_batch_dims
-
-_REFRESH = 8  # iterations between two measurements of the size of the terms
+from implicit_layers.solvers.lbfgs import confirmed, descend
+from implicit_layers.solvers.problem import Method, Rows, Terms, norm, outcome, resolve_batch_dims
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,9 @@ class GradientDescent(Method):
             y = rows.flat(z0).clone()
             g, v = g_of(y), torch.zeros_like(y)
             iterations = torch.zeros(rows.batch, dtype=torch.int64, device=z0.device)
+            solved, size = torch.zeros(rows.batch, dtype=torch.bool, device=z0.device), terms.size(y, g)
             for k in range(self.max_iter + 1):
-                if k % _REFRESH == 0:
-                    size = terms.size(y, g)
-                solved = relative(g, size) <= goal
+                size, solved = confirmed(terms, y, g, size, solved, goal)
                 active = ~solved & torch.isfinite(norm(g))
                 if k == self.max_iter or not checks.host_bool(active.any()):
                     break

@@ -12,10 +12,8 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.jacobian import gradient, pullback
 from implicit_layers.solution import Solution
-from implicit_layers.solvers.line_search import Evaluate, wolfe_step
+from implicit_layers.solvers.line_search import Evaluate, rounding, wolfe_step
 from implicit_layers.solvers.problem import Method, Rows, Terms, norm, outcome, relative, resolve_batch_dims
-
-_REFRESH = 8  # iterations between two measurements of the size of the terms
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,10 @@ def descend(
         scale = torch.ones_like(value)
         first = torch.ones(rows.batch, dtype=torch.bool, device=z0.device)
         iterations = torch.zeros(rows.batch, dtype=torch.int64, device=z0.device)
-        stuck = torch.zeros_like(first)
+        stuck, solved = torch.zeros_like(first), torch.zeros_like(first)
+        start, size = value, terms.size(y, g)
         for k in range(max_iter + 1):
-            if k % _REFRESH == 0:
-                size = terms.size(y, g)
-            solved = relative(g, size) <= goal
+            size, solved = confirmed(terms, y, g, size, solved, goal)
             active = ~(solved | stuck)
             if k == max_iter or not checks.host_bool(active.any()):
                 break
@@ -92,7 +89,9 @@ def descend(
             direction = torch.where(bad[..., None], -g, direction)
             # the very first step has no curvature to go by: one unit of z, or less
             t = torch.where(first | bad, (1 / norm(g)).clamp_max(1.0), 1.0)
-            new_y, new_value, new_g, moved = wolfe_step(evaluate, y, value, g, direction, t, active)
+            new_y, new_value, new_g, moved = wolfe_step(
+                evaluate, y, value, g, direction, t, active, rounding(value, start)
+            )
             s, d = new_y - y, new_g - g
             curvature, length = (s * d).sum(-1), (d * d).sum(-1)
             usable = moved & (curvature > torch.finfo(y.dtype).eps * norm(s) * norm(d))
@@ -111,6 +110,15 @@ def descend(
             iterations = iterations + (active & moved)
         g = g_of(y)
         return outcome(rows, y, g, terms.size(y, g), solved, iterations, goal if tol is not None else 30 * goal)
+
+
+def confirmed(terms: Terms, y: Tensor, g: Tensor, size: Tensor, solved: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+    """Which problems are solved; the size of their terms is measured anew for those that seem to be."""
+    seem = ~solved & (relative(g, size) <= 10 * goal)
+    if checks.host_bool(seem.any()):
+        size = torch.where(seem, terms.size(y, g), size)
+        solved = solved | (seem & (relative(g, size) <= goal))
+    return size, solved
 
 
 def evaluator(f: Callable[[Tensor], Tensor]) -> Evaluate:

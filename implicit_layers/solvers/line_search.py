@@ -15,16 +15,28 @@ _SUFFICIENT, _FLAT, _TRIALS = 1e-4, 0.9, 60
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]  # (*B, n) -> values (*B,), gradients (*B, n)
 
 
+def rounding(value: Tensor, start: Tensor) -> Tensor:
+    """A generous bound on the rounding of an objective: of its value, or of terms as large as it was at the start."""
+    size = torch.maximum(value.abs(), 1e-6 * torch.nan_to_num(start.abs(), posinf=0.0))
+    return torch.finfo(value.dtype).eps ** 0.4 * size
+
+
 def wolfe_step(
-    evaluate: Evaluate, y: Tensor, value: Tensor, g: Tensor, direction: Tensor, t: Tensor, active: Tensor
+    evaluate: Evaluate,
+    y: Tensor,
+    value: Tensor,
+    g: Tensor,
+    direction: Tensor,
+    t: Tensor,
+    active: Tensor,
+    noise: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bracket and bisect until the weak Wolfe conditions hold: new points, values, gradients, and which moved.
 
-    Where the change of the objective is within its rounding, its slope decides (the approximate Wolfe conditions of
-    Hager & Zhang, 2005). A problem whose bracket shrinks to nothing takes the best point met that lowers the objective.
+    Where the change of the objective is within its rounding `noise`, its slope decides (the approximate Wolfe
+    conditions of Hager & Zhang, 2005). A problem whose bracket shrinks to nothing takes the lowest point it has met.
     """
     slope = (g * direction).sum(-1)
-    noise = torch.finfo(y.dtype).eps ** (2 / 3) * value.abs()
     low, high = torch.zeros_like(t), torch.full_like(t, torch.inf)
     new_y, new_value, new_g = y, value, g
     fallback_y, fallback_value, fallback_g = y, value, g

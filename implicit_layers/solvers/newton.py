@@ -14,6 +14,7 @@ from implicit_layers.jacobian import Jacobian, gradient
 from implicit_layers.krylov import GMRES, ConjugateGradient
 from implicit_layers.linalg import DENSE_LIMIT, Direct, LinearSolver
 from implicit_layers.solution import Solution
+from implicit_layers.solvers.line_search import rounding
 from implicit_layers.solvers.problem import Method, Rows, Terms, norm, outcome, relative, resolve_batch_dims
 
 _HALVINGS = 40
@@ -107,6 +108,7 @@ class Newton(Method):
         dense = rows.n <= DENSE_LIMIT if self.linear_solver is None else False
         y = rows.flat(z0).clone()
         value, F = f(y), g(y)
+        start = value
         iterations = torch.zeros(rows.batch, dtype=torch.int64, device=z0.device)
         stuck = torch.zeros(rows.batch, dtype=torch.bool, device=z0.device)
         for k in range(self.max_iter + 1):
@@ -121,7 +123,7 @@ class Newton(Method):
                 break
             if not dense:
                 step = self._step_by_products(Jacobian(g, y), F)
-            y, value, F, moved = _descend(f, g, y, value, F, step, active, near)
+            y, value, F, moved = _descend(f, g, y, value, F, step, active, near, rounding(value, start))
             stuck = stuck | (active & ~moved)
             iterations = iterations + (active & moved)
         F = g(y)
@@ -219,6 +221,7 @@ def _descend(
     step: Tensor,
     active: Tensor,
     near: Tensor,
+    noise: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Halve the step until the objective decreases, or, within its rounding, the gradient does.
 
@@ -226,7 +229,6 @@ def _descend(
     """
     slope = (F * step).sum(-1)
     before = norm(F)
-    noise = 64 * torch.finfo(y.dtype).eps * value.abs()
     waiting, moved = active, torch.zeros_like(active)
     t = torch.ones_like(before)
     for _ in range(_HALVINGS):

@@ -151,6 +151,6 @@ def outcome(
     """
     error = relative(F, size, FINAL_FLOOR)
     accepted = tol if tol is not None else float(torch.finfo(y.dtype).eps ** (2 / 3))
-    converged = (solved & torch.isfinite(error) & (error <= 100 * max(accepted, 0.0))) | (error <= accepted)
+    converged = (error <= accepted) | (solved & (error <= 2 * accepted))
     status = torch.where(converged, int(Status.CONVERGED), int(Status.NOT_CONVERGED)).to(torch.int8)
     return Solution(rows.full(y), SolveInfo(status, converged, iterations, error))

@@ -39,7 +39,9 @@ class _Solve(torch.autograd.Function):
         with opaque(z0.device):
             z0, *plain = recordable(z0, *parameters)
             solution = system.run(z0, plain)
-        return (solution.value, *solution.info)
+            value = solution.value.clone(memory_format=torch.contiguous_format)
+        # a copy, since forward mode wants the tangents of a view laid out as the view is
+        return (value, *solution.info)
 
     @staticmethod
     @uncompiled

@@ -91,7 +91,7 @@ class System:
         if self.solver is None and self.external is None:
             nothing = torch.zeros(rows.batch, dtype=torch.int64, device=z0.device)
             info = SolveInfo(nothing.to(torch.int8), nothing == 0, nothing, nothing.to(z0.dtype))
-            return Solution(z0.clone(), info)
+            return Solution(z0, info)
         self._check_start(z0, leaves)
         if self.solver is not None:
             solution: Solution = getattr(self.solver, self.kind)(

@@ -41,7 +41,7 @@ SOLVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "anderson": lambda z, A, b: il.fixed_point(step, z, A, b).value,
     "plain": lambda z, A, b: (
         il.fixed_point(step, z, A, b, solver=il.FixedPointIteration(), linear_solver=il.Neumann()).value
-    ),  # noqa: E501
+    ),
     "minimum": lambda z, A, b: il.argmin(bowl, z, A, b).value,
     "lbfgs": lambda z, A, b: il.argmin(bowl, z, A, b, solver=il.LBFGS(), linear_solver=il.ConjugateGradient()).value,
     "descent": lambda z, A, b: il.argmin(bowl, z, A, b, solver=il.GradientDescent(step=0.2)).value,

@@ -30,7 +30,7 @@ class GradientDescent(Method):
         max_iter: cap on the iterations.
 
     >>> GradientDescent(step=0.25)(lambda z: ((z - 3.0) ** 2).sum(-1), torch.zeros(2)).value
-    tensor([3.0000, 3.0000])
+    tensor([3., 3.])
     """
 
     step: float | None = None

@@ -116,14 +116,15 @@ class Newton(Method):
             solved, near = error <= tol, error <= good
             if dense:
                 H = Jacobian(g, y).dense()
-                step, saddle = _convex_step(0.5 * (H + H.mT), F, near | solved)
+                step, convex, saddle = _convex_step(0.5 * (H + H.mT), F, near | solved)
                 solved, near = solved & ~saddle, near & ~saddle
             active = ~(solved | stuck)
             if k == self.max_iter or not checks.host_bool(active.any()):
                 break
             if not dense:
-                step = self._step_by_products(Jacobian(g, y), F)
-            y, value, F, moved = _descend(f, g, y, value, F, step, active, near, rounding(value, start))
+                step, convex = self._step_by_products(Jacobian(g, y), F)
+            noise = rounding(value, start)
+            y, value, F, moved = _descend(f, g, y, value, F, step, active, near, convex, noise)
             stuck = stuck | (active & ~moved)
             iterations = iterations + (active & moved)
         F = g(y)
@@ -135,18 +136,17 @@ class Newton(Method):
         eps = float(torch.finfo(dtype).eps)
         return (4 * eps, eps ** (2 / 3)) if self.tol is None else (self.tol, -1.0)
 
-    def _step_by_products(self, H: Jacobian, F: Tensor) -> Tensor:
-        """A descent direction from products with the Hessian."""
+    def _step_by_products(self, H: Jacobian, F: Tensor) -> tuple[Tensor, Tensor]:
+        """A descent direction from products with the Hessian, and where it is Newton's step."""
         linear = self.linear_solver or ConjugateGradient()
         if isinstance(linear, ConjugateGradient):
             tol = linear.tol if linear.tol is not None else float(torch.finfo(F.dtype).eps ** 0.5)
-            step, _ = linear.descend(H, -F, tol)
-            nothing = (step == 0).all(-1, keepdim=True)
-            step = torch.where(nothing, -F, step)
+            step, negative = linear.descend(H, -F, tol)
         else:
             step = linear.solve(H, -F, on_failure="ignore")
+            negative = torch.zeros_like(F[..., :1], dtype=torch.bool)
         uphill = ~((step * F).sum(-1, keepdim=True) < 0) | ~torch.isfinite(step).all(-1, keepdim=True)
-        return torch.where(uphill, -F, step)
+        return torch.where(uphill, -F, step), ~(uphill | negative).squeeze(-1)
 
 
 def _without(solution: Solution, rejected: Tensor) -> Solution:
@@ -178,7 +178,7 @@ def _decrease(
     for _ in range(_HALVINGS):
         trial = torch.where(waiting[..., None], y + t[..., None] * step, y)
         G = f(trial)
-        factor = torch.where(near, 0.5, 1 - 1e-4 * t)
+        factor = torch.where(near, 0.5, 1 - 0.1 * t)
         good = waiting & (norm(G) <= factor * before) & (norm(G) < before)  # false for NaN
         y, F = torch.where(good[..., None], trial, y), torch.where(good[..., None], G, F)
         moved = moved | good
@@ -189,8 +189,8 @@ def _decrease(
     return y, F, moved
 
 
-def _convex_step(H: Tensor, F: Tensor, stationary: Tensor) -> tuple[Tensor, Tensor]:
-    """Newton's step with |H| where H is not positive definite, and which stationary points are no minima."""
+def _convex_step(H: Tensor, F: Tensor, stationary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Newton's step with |H| where H is not positive definite; where it is; which stationary points are no minima."""
     L, failed = torch.linalg.cholesky_ex(H)
     step = -torch.cholesky_solve(F.unsqueeze(-1), L).squeeze(-1)
     saddle = torch.zeros_like(stationary)
@@ -209,7 +209,7 @@ def _convex_step(H: Tensor, F: Tensor, stationary: Tensor) -> tuple[Tensor, Tens
         step = torch.where(indefinite[..., None], changed, step)
         step = torch.where(saddle[..., None], downhill, step)
         step = torch.where(unusable[..., None], -F, step)
-    return step, saddle
+    return step, ~indefinite, saddle
 
 
 def _descend(
@@ -221,21 +221,26 @@ def _descend(
     step: Tensor,
     active: Tensor,
     near: Tensor,
+    convex: Tensor,
     noise: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Halve the step until the objective decreases, or, within its rounding, the gradient does.
 
-    Those near the solution have the full step or none, and it has to halve the gradient.
+    Those near the solution have the full step or none, and it has to halve the gradient. So does, where the Hessian is
+    positive definite, a full step that the values refused until next to nothing of it was left: they were rounding.
     """
+    first_y, first_value, first_F = y, value, F
     slope = (F * step).sum(-1)
     before = norm(F)
     waiting, moved = active, torch.zeros_like(active)
     t = torch.ones_like(before)
-    for _ in range(_HALVINGS):
+    for halvings in range(_HALVINGS):
         trial = torch.where(waiting[..., None], y + t[..., None] * step, y)
         new, G = f(trial), g(trial)
-        lower = (new <= value + 1e-4 * t * slope) & (new < value)
-        factor = torch.where(near, 0.5, 1 - 1e-4 * t)
+        if halvings == 0:
+            first_y, first_value, first_F = trial, new, G
+        lower = (new <= value + 0.25 * t * slope) & (new < value)
+        factor = torch.where(near, 0.5, 1 - 0.1 * t)
         flatter = ((new <= value + noise) | near) & (norm(G) <= factor * before) & (norm(G) < before)
         good = waiting & ((lower & ~near) | flatter) & torch.isfinite(norm(G))
         y, value = torch.where(good[..., None], trial, y), torch.where(good, new, value)
@@ -245,4 +250,6 @@ def _descend(
         if not checks.host_bool(waiting.any()):
             break
         t = torch.where(waiting, 0.5 * t, t)
-    return y, value, F, moved
+    full = active & convex & (t < 1e-3) & (norm(first_F) <= 0.5 * before)
+    y, value = torch.where(full[..., None], first_y, y), torch.where(full, first_value, value)
+    return y, value, torch.where(full[..., None], first_F, F), moved | full

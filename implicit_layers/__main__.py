@@ -29,6 +29,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--dtype", choices=("float32", "float64"), default="float64", help="of weights and data (default: %(default)s)"
     )
+    arguments.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; more do not help tensors this small (default: %(default)s)"
+    )
     arguments.add_argument("--quick", action="store_true", help="two epochs only")
     arguments.add_argument(
         "--out",
@@ -51,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.error(f"argument --device: {options.device!r} with --dtype {options.dtype} does not work: {reason}")
     if not options.out.absolute().parent.is_dir() or options.out.is_dir():
         arguments.error(f"argument --out: {str(options.out)!r} must be a file in a folder that exists")
+    if options.threads < 1:
+        arguments.error(f"argument --threads: must be at least 1, got {options.threads}")
+    torch.set_num_threads(options.threads)
     settings = Settings(device=options.device, seed=options.seed, dtype=options.dtype, quick=options.quick)
     start = time.perf_counter()
     try:

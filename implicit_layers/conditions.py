@@ -11,7 +11,7 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.door import enter
-from implicit_layers.jacobian import opaque, pushforward
+from implicit_layers.jacobian import opaque, pushforward, recordable
 from implicit_layers.solvers.problem import GIVEN_FLOOR, Rows, Terms, norm, relative
 
 _SHOWN = 20  # rows of the printed table
@@ -128,8 +128,7 @@ def check_ift(
     """
     entrance = enter("root", residual, z, theta, what="check_ift", batch_dims=batch_dims, z_name="z")
     with opaque(z.device):
-        point = entrance.z0.detach()
-        leaves = [x.detach() for x in entrance.leaves]
+        point, *leaves = recordable(entrance.z0, *entrance.leaves)
         system = entrance.system
         rows = Rows(point.shape, system.batch_dims)
         eps = torch.finfo(point.dtype).eps

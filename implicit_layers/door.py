@@ -102,7 +102,7 @@ def _try_once(
     z, *plain = (_plain(x) for x in (z0, *leaves))
     wants_gradient = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad(), full_precision(z0.device):
-        value = structure.call(z, *plain)
+        value = structure.first_call(z, *plain)
     if not isinstance(value, Tensor):
         raise ShapeError(f"{what}: {name}(z, *theta) must return a tensor, got {type(value).__name__}")
     expected = z0.shape[:batch_dims] if kind == "argmin" else z0.shape

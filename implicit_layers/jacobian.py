@@ -8,7 +8,7 @@ Tangents are pushed forward by pulling back twice, because forward mode does not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import reduce
 from math import prod
 
@@ -27,17 +27,38 @@ def transform_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def living(x: Tensor) -> Tensor:
+    """The tensor without the wrappers of functional transforms that have ended."""
+    while (inner := torch._C._functorch.unwrap_if_dead(x)) is not x:
+        x = inner
+    return x
+
+
 @contextmanager
 def opaque(device: torch.device) -> Iterator[None]:
     """Run a solve unseen: no autocast, no inference mode, no saved-tensor hook of the caller's, no gradient."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(full_precision(device))
-        # a functional transform has turned the hooks off, and pushing one would raise
-        if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is None:
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
+    with torch.inference_mode(False), torch.no_grad(), full_precision(device), _without_hooks():
         yield
+
+
+def recordable(*tensors: Tensor) -> list[Tensor]:
+    """The tensors without history; those made in inference mode are copied, since autograd cannot record them."""
+    return [x.detach().clone() if x.is_inference() else x.detach() for x in tensors]
+
+
+@contextmanager
+def _without_hooks() -> Iterator[None]:
+    """Lift the caller's saved-tensor hooks (of a checkpoint, say): functional transforms refuse to run under any."""
+    autograd = torch._C._autograd
+    lifted = []
+    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        lifted.append(top)
+        autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(lifted):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def _alias(x: Tensor) -> Tensor:

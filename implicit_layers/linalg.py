@@ -150,8 +150,8 @@ class Cholesky(LinearSolver):
 
     Cost:  n products to form each block, then n³/3 a problem; every right-hand side reuses the factor.
 
-    >>> Cholesky().solve(Matrix(torch.tensor([[2.0, 1.0], [1.0, 2.0]])), torch.tensor([3.0, 3.0])).round(decimals=4)
-    tensor([1., 1.])
+    >>> Cholesky().solve(Matrix(torch.tensor([[4.0, 0.0], [0.0, 1.0]])), torch.tensor([2.0, 3.0]))
+    tensor([0.5000, 3.0000])
     """
 
     def solve(self, operator: Operator, rhs: Tensor, *, on_failure: OnFailure = "raise") -> Tensor:

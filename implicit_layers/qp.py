@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks, transforms
+from implicit_layers.eager import uncompiled
 from implicit_layers.errors import DegenerateGradientWarning, DtypeError, NotPositiveDefiniteError, ShapeError, warn
 from implicit_layers.kkt import quadratic
 from implicit_layers.solution import OnFailure, QPSolution, SolveInfo, check_on_failure, report_failure
@@ -86,7 +87,9 @@ def solve_qp(
     if not isinstance(solver, InteriorPoint):
         raise TypeError(f"solve_qp: solver must be an InteriorPoint, got {type(solver).__name__}")
     Q, p, A, b, G, h = _at_the_door(Q, p, A, b, G, h)
-    z, nu, lam, *_, status, converged, iterations, residual = _QP.apply(_Settings(solver, on_failure), Q, p, A, b, G, h)
+    z, nu, lam, *_, status, converged, iterations, residual = _differentiable(
+        _Settings(solver, on_failure), Q, p, A, b, G, h
+    )
     s = h - quadratic.matvec(G, z)
     return QPSolution(z, nu, lam, s, SolveInfo(status, converged, iterations, residual))
 
@@ -235,6 +238,13 @@ class _QP(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], settings: _Settings, *tensors: Tensor) -> tuple[Any, Any]:
         outputs = _QP.apply(settings, *transforms.map_to_front(info.batch_size, in_dims[1:], tensors))
         return outputs, (0,) * len(outputs)
+
+
+@uncompiled
+def _differentiable(settings: _Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`_QP` as a function that the compiler leaves whole, instead of tracing its way to the first question of data."""
+    outputs: tuple[Tensor, ...] = _QP.apply(settings, *tensors)
+    return outputs
 
 
 class _KKTSolve(torch.autograd.Function):

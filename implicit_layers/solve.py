@@ -9,13 +9,14 @@ To any order, in reverse and forward mode, under every functional transform:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicit_layers.eager import uncompiled
-from implicit_layers.jacobian import opaque, pullback, pushforward
+from implicit_layers.jacobian import living, opaque, pullback, pushforward, recordable, transform_active
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.system import LinearSystem, System
 from implicit_layers.transforms import forward_mode, full_precision, primals
@@ -36,7 +37,7 @@ class _Solve(torch.autograd.Function):
     def forward(system: AnySystem, z0: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         """Solve, unseen by autograd."""
         with opaque(z0.device):
-            z0, *plain = (x.detach().clone() if x.is_inference() else x.detach() for x in (z0, *parameters))
+            z0, *plain = recordable(z0, *parameters)
             solution = system.run(z0, plain)
         return (solution.value, *solution.info)
 
@@ -101,7 +102,8 @@ class _Solve(torch.autograd.Function):
 
 def _saved(ctx: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The solution, which problems were solved, and the parameters; failed problems stand at their start."""
-    z, converged, *rest = ctx.saved_tensors
+    # after `vjp` has returned, what it tracked is a wrapper that no transform takes off any more
+    z, converged, *rest = map(living, ctx.saved_tensors)
     if ctx.system.may_fail:
         z0, *rest = rest
         z = _masked(converged, z, z0)
@@ -124,7 +126,7 @@ def pull_back(
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Cotangents of the needed parameters from that of the solution."""
-    with full_precision(z.device):
+    with full_precision(z.device), _recording(z, g, *parameters):
         if system.on_failure != "raise":
             g = _masked(converged, g, 0.0)
         linear_parameters = system.linear_parameters(z, g, parameters)
@@ -143,13 +145,20 @@ def push_forward(
     chosen = {i: t for i, (x, t) in pairs if t is not None and x.is_floating_point()}
     if not chosen:
         return torch.zeros_like(z)
-    with full_precision(z.device):
+    with full_precision(z.device), _recording(z, *parameters, *chosen.values()):
         F = _residual_of(system, z, parameters, list(chosen))
         moved = pushforward(F, [parameters[i] for i in chosen], list(chosen.values()), z)
         if system.on_failure != "raise":
             moved = _masked(converged, moved, 0.0)
         linear_parameters = system.linear_parameters(z, moved, parameters)
         return apply(system.tangent_system(), torch.zeros_like(moved), *linear_parameters)[0]
+
+
+def _recording(*tensors: Tensor) -> AbstractContextManager[None]:
+    """Record no graph where nothing asks for one; a transform sees to that itself."""
+    if transform_active() or any(x.requires_grad for x in tensors):
+        return nullcontext()
+    return torch.no_grad()
 
 
 def _residual_of(

@@ -13,6 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from implicit_layers.captured import Captured, Replaced, Witness
+from implicit_layers.jacobian import transform_active
+
 
 @dataclass(frozen=True)
 class _Slot:
@@ -55,6 +58,7 @@ class Structure:
         held: _Held | None,
         names: dict[str, int],
         buffers: set[str],
+        index_of: dict[int, int],
     ) -> None:
         self._function = function
         self._theta = theta  # with a `_Slot` for every tensor
@@ -62,6 +66,8 @@ class Structure:
         self._held = held
         self._names = names  # of the modules' tensors, and where they are in the list
         self._buffers = buffers
+        self._index_of = index_of  # by the identity of a module's tensor
+        self._captured: Captured = {}
         self._training = held is not None and any(m.training for m in held.held.modules())
 
     def theta(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -70,13 +76,29 @@ class Structure:
 
     def call(self, z: Tensor, *leaves: Tensor) -> Any:
         """The function as a pure function of the unknown and the flat tensors."""
+        if self._captured:
+            with Replaced(self._captured):
+                return self._call(z, leaves)
+        return self._call(z, leaves)
+
+    def first_call(self, z: Tensor, *leaves: Tensor) -> Any:
+        """The same with plain tensors, noting what else the function uses that a transform has wrapped."""
+        if not transform_active():
+            return self._call(z, leaves)
+        with Witness() as witness:
+            value = self._call(z, leaves)
+        self._captured = witness.captured
+        return value
+
+    def _call(self, z: Tensor, leaves: Sequence[Tensor]) -> Any:
+        """`call` as it is."""
         theta = self.theta(leaves)
         if self._held is None:
             return self._function(z, *theta)
         tensors = {name: leaves[index] for name, index in self._names.items()}
         if self._training:  # running statistics are read, never updated, by the many calls of one solve
             tensors.update({name: tensors[name].clone() for name in self._buffers})
-        return functional_call(self._held, tensors, (self._function, z, *theta))
+        return functional_call(self._held, tensors, (self._function, z, *theta), tie_weights=False)
 
     def caller(self, leaves: Sequence[Tensor]) -> Callable[..., Any]:
         """The function as (z, *theta), for a solver of the user's; the modules' tensors are those of `leaves`."""
@@ -96,18 +118,13 @@ class Structure:
                 return values[node.index]
             if not isinstance(node, nn.Module):
                 return None
-            prefix = self._prefix(node)
-            return {
-                name.removeprefix(prefix): values[index]
-                for name, index in self._names.items()
-                if name.startswith(prefix) and name not in self._buffers
-            }
+            return {name: values[self._index_of[id(x)]] for name, x in node.named_parameters()}
 
         return _map(self._theta, place)
 
     def scatter(self, values: tuple[object, ...]) -> list[Tensor | None]:
         """The inverse of `gather`; what is missing is None."""
-        flat: list[Tensor | None] = [None] * (self._explicit + len(self._names))
+        flat: list[Tensor | None] = [None] * (self._explicit + len(self._index_of))
 
         def put(node: Any, value: Any) -> None:
             if value is None:
@@ -115,9 +132,9 @@ class Structure:
             if isinstance(node, _Slot):
                 flat[node.index] = value
             elif isinstance(node, nn.Module):
-                prefix = self._prefix(node)
+                parameters = dict(node.named_parameters())
                 for name, tensor in value.items():
-                    flat[self._names[prefix + name]] = tensor
+                    flat[self._index_of[id(parameters[name])]] = tensor
             elif isinstance(node, dict):
                 for key, child in node.items():
                     put(child, value.get(key))
@@ -127,11 +144,6 @@ class Structure:
 
         put(self._theta, values)
         return flat
-
-    def _prefix(self, module: nn.Module) -> str:
-        """What the names of a module's tensors begin with."""
-        modules: list[nn.Module] = [] if self._held is None else list(self._held.held)
-        return f"held.{next(i for i, m in enumerate(modules) if m is module)}."
 
 
 def flatten(function: Callable[..., Any], theta: tuple[object, ...]) -> tuple[Structure, list[Tensor]]:
@@ -153,10 +165,17 @@ def flatten(function: Callable[..., Any], theta: tuple[object, ...]) -> tuple[St
         if isinstance(candidate, nn.Module):
             modules.append(candidate)
     if not modules:
-        return Structure(function, template, explicit, None, {}, set()), leaves
+        return Structure(function, template, explicit, None, {}, set(), {}), leaves
     held = _Held(modules)
     names: dict[str, int] = {}
-    for name, tensor in [*held.named_parameters(), *held.named_buffers()]:
-        names[name] = len(leaves)
-        leaves.append(tensor)
-    return Structure(function, template, explicit, held, names, {name for name, _ in held.named_buffers()}), leaves
+    buffers: set[str] = set()
+    index_of: dict[int, int] = {}
+    for prefix, module in held.named_modules():  # each module once, by whatever paths it can be reached
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            if id(tensor) not in index_of:
+                index_of[id(tensor)] = len(leaves)
+                leaves.append(tensor)
+            names[f"{prefix}.{name}"] = index_of[id(tensor)]  # tied weights are one tensor under several names
+        buffers.update(f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False))
+    return Structure(function, template, explicit, held, names, buffers, index_of), leaves

@@ -151,7 +151,7 @@ class System:
 
     def mapped(self, dims: Dims) -> tuple[System, int]:
         """The system with one more mapped axis, in front; and where that axis is in the result."""
-        return replace(self, maps=(*self.maps, dims[1:]), batch_dims=self.batch_dims + 1), 0
+        return replace(self, maps=(*self.maps, self.places(dims)[1:]), batch_dims=self.batch_dims + 1), 0
 
     def places(self, dims: Dims) -> tuple[int | None, ...]:
         """Where the mapped axis must be in each tensor; None: it has none."""

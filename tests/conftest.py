@@ -28,6 +28,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 TESTS = Path(__file__).parent
 
+pytest.register_assert_rewrite("tests.promises")
+
 # cvxpy is the only optional oracle: without it, the files that import it are left out (one job of the workflow).
 collect_ignore = [
     path.name

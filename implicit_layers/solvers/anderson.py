@@ -73,7 +73,7 @@ class Anderson(Method):
                 y, r = _pick(lost, best_y, y), _pick(lost, best_r, r)
                 dY, dR = (torch.where(lost[..., None, None], 0.0, d) for d in (dY, dR))
                 # after a loss the plain step is halved: from the best iterate it may be what led astray
-                plain = torch.where(lost, 0.5, self.mixing)[..., None] * r
+                plain = torch.where(lost[..., None], 0.5 * r, self.mixing * r)
                 new = torch.where(active[..., None], y + plain - _correction(dY, dR, r, self.mixing), y)
                 new_r = f(new) - new
                 dY = torch.cat([dY, (new - y).unsqueeze(-1)], -1)[..., -self.memory :]

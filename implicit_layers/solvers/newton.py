@@ -14,7 +14,7 @@ from implicit_layers.jacobian import Jacobian, gradient
 from implicit_layers.krylov import GMRES, ConjugateGradient
 from implicit_layers.linalg import DENSE_LIMIT, Direct, LinearSolver
 from implicit_layers.solution import Solution
-from implicit_layers.solvers.problem import Method, Rows, Terms, norm, outcome, relative, resolve_batch_dims, tolerance
+from implicit_layers.solvers.problem import Method, Rows, Terms, norm, outcome, relative, resolve_batch_dims
 
 _HALVINGS = 40
 
@@ -32,8 +32,9 @@ class Newton(Method):
     Attributes:
         tol:           a problem ends when ‖F‖ ≤ tol·size, size being that of the terms that cancel in F: its change
                        per relative change of z and θ. This does not depend on the units of F, z or θ (terms below
-                       1e-10 count as 1e-10). None: eps^(3/4), 2e-12 in float64 and 6e-6 in float32; a problem that
-                       rounding stops before still counts as solved within eps^(2/3).
+                       1e-10 count as 1e-10). None: as far as rounding lets it come; a problem counts as solved within
+                       eps^(2/3), 4e-11 in float64 and 2e-5 in float32, from where it goes on, to at best 4·eps, for
+                       as long as a full step halves ‖F‖.
         max_iter:      cap on the steps.
         linear_solver: how J δ = −F is solved. None: `Direct` (for a minimum: `Cholesky` with the change above) up to
                        512 unknowns a problem, beyond that `GMRES` (`ConjugateGradient`), without forming J.
@@ -74,14 +75,15 @@ class Newton(Method):
     def _root(self, residual: Callable[..., Tensor], z0: Tensor, theta: tuple[Any, ...], rows: Rows) -> Solution:
         """`root` below the door."""
         f, terms = rows.residual(residual, theta), Terms(rows, residual, z0, theta)
-        tol = tolerance(self.tol, z0.dtype)
+        tol, good = self._tolerances(z0.dtype)
         linear = self.linear_solver or (Direct() if rows.n <= DENSE_LIMIT else GMRES())
         y = rows.flat(z0).clone()
         F = f(y)
         iterations = torch.zeros(rows.batch, dtype=torch.int64, device=z0.device)
         stuck = torch.zeros(rows.batch, dtype=torch.bool, device=z0.device)
         for k in range(self.max_iter + 1):
-            solved = relative(F, terms.size(y, F)) <= tol
+            error = relative(F, terms.size(y, F))
+            solved = error <= tol
             active = ~(solved | stuck)
             if k == self.max_iter or not checks.host_bool(active.any()):
                 break
@@ -90,7 +92,7 @@ class Newton(Method):
             bad = ~torch.isfinite(step).all(-1)
             if checks.host_bool((bad & active).any()):  # no Newton step: the steepest descent of ½‖F‖²
                 step = torch.where(bad[..., None], _steepest(J, F), step)
-            y, F, moved = _decrease(f, y, F, step, active)
+            y, F, moved = _decrease(f, y, F, step, active, error <= good)
             stuck = stuck | (active & ~moved)
             iterations = iterations + (active & moved)
         F = f(y)  # once more, all together: coupled problems do not pass one by one
@@ -101,29 +103,35 @@ class Newton(Method):
         slope = gradient(objective)
         f, g = rows.objective(objective, theta), rows.residual(slope, theta)
         terms = Terms(rows, slope, z0, theta)
-        tol = tolerance(self.tol, z0.dtype)
+        tol, good = self._tolerances(z0.dtype)
         dense = rows.n <= DENSE_LIMIT if self.linear_solver is None else False
         y = rows.flat(z0).clone()
         value, F = f(y), g(y)
         iterations = torch.zeros(rows.batch, dtype=torch.int64, device=z0.device)
         stuck = torch.zeros(rows.batch, dtype=torch.bool, device=z0.device)
         for k in range(self.max_iter + 1):
-            solved = relative(F, terms.size(y, F)) <= tol
+            error = relative(F, terms.size(y, F))
+            solved, near = error <= tol, error <= good
             if dense:
                 H = Jacobian(g, y).dense()
-                step, saddle = _convex_step(0.5 * (H + H.mT), F, solved)
-                solved = solved & ~saddle
+                step, saddle = _convex_step(0.5 * (H + H.mT), F, near | solved)
+                solved, near = solved & ~saddle, near & ~saddle
             active = ~(solved | stuck)
             if k == self.max_iter or not checks.host_bool(active.any()):
                 break
             if not dense:
                 step = self._step_by_products(Jacobian(g, y), F)
-            y, value, F, moved = _descend(f, g, y, value, F, step, active)
+            y, value, F, moved = _descend(f, g, y, value, F, step, active, near)
             stuck = stuck | (active & ~moved)
             iterations = iterations + (active & moved)
         F = g(y)
         solution = outcome(rows, y, F, terms.size(y, F), solved, iterations, self.tol)
         return _without(solution, saddle & ~solved) if dense else solution
+
+    def _tolerances(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Where a problem ends, and from where on it goes on only while full steps help."""
+        eps = float(torch.finfo(dtype).eps)
+        return (4 * eps, eps ** (2 / 3)) if self.tol is None else (self.tol, -1.0)
 
     def _step_by_products(self, H: Jacobian, F: Tensor) -> Tensor:
         """A descent direction from products with the Hessian."""
@@ -156,22 +164,27 @@ def _steepest(J: Jacobian, F: Tensor) -> Tensor:  # -> (*B, n)
 
 
 def _decrease(
-    f: Callable[[Tensor], Tensor], y: Tensor, F: Tensor, step: Tensor, active: Tensor
+    f: Callable[[Tensor], Tensor], y: Tensor, F: Tensor, step: Tensor, active: Tensor, near: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Halve the step until ‖F‖ decreases; the new point, its residual and which problems moved."""
+    """Halve the step until ‖F‖ decreases; the new point, its residual and which problems moved.
+
+    Those near the solution have the full step or none, and it has to halve ‖F‖.
+    """
     before = norm(F)
-    waiting = active
+    waiting, moved = active, torch.zeros_like(active)
     t = torch.ones_like(before)
     for _ in range(_HALVINGS):
         trial = torch.where(waiting[..., None], y + t[..., None] * step, y)
         G = f(trial)
-        good = waiting & (norm(G) <= (1 - 1e-4 * t) * before) & (norm(G) < before)  # false for NaN
+        factor = torch.where(near, 0.5, 1 - 1e-4 * t)
+        good = waiting & (norm(G) <= factor * before) & (norm(G) < before)  # false for NaN
         y, F = torch.where(good[..., None], trial, y), torch.where(good[..., None], G, F)
-        waiting = waiting & ~good
+        moved = moved | good
+        waiting = waiting & ~good & ~near
         if not checks.host_bool(waiting.any()):
             break
         t = torch.where(waiting, 0.5 * t, t)
-    return y, F, active & ~waiting
+    return y, F, moved
 
 
 def _convex_step(H: Tensor, F: Tensor, stationary: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,9 +203,9 @@ def _convex_step(H: Tensor, F: Tensor, stationary: Tensor) -> tuple[Tensor, Tens
         changed = -(vectors @ (along / size).unsqueeze(-1)).squeeze(-1)
         saddle = indefinite & stationary & (values[..., 0] < -(eps**0.5) * largest[..., 0])
         lowest = vectors[..., 0]
-        sign = torch.where((lowest * F).sum(-1, keepdim=True) > 0, -1.0, 1.0)
+        downhill = torch.where((lowest * F).sum(-1, keepdim=True) > 0, -lowest, lowest)
         step = torch.where(indefinite[..., None], changed, step)
-        step = torch.where(saddle[..., None], sign * lowest, step)
+        step = torch.where(saddle[..., None], downhill, step)
         step = torch.where(unusable[..., None], -F, step)
     return step, saddle
 
@@ -205,23 +218,29 @@ def _descend(
     F: Tensor,
     step: Tensor,
     active: Tensor,
+    near: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Halve the step until the objective decreases, or, within its rounding, the gradient does."""
+    """Halve the step until the objective decreases, or, within its rounding, the gradient does.
+
+    Those near the solution have the full step or none, and it has to halve the gradient.
+    """
     slope = (F * step).sum(-1)
     before = norm(F)
     noise = 64 * torch.finfo(y.dtype).eps * value.abs()
-    waiting = active
+    waiting, moved = active, torch.zeros_like(active)
     t = torch.ones_like(before)
     for _ in range(_HALVINGS):
         trial = torch.where(waiting[..., None], y + t[..., None] * step, y)
         new, G = f(trial), g(trial)
         lower = (new <= value + 1e-4 * t * slope) & (new < value)
-        flatter = (new <= value + noise) & (norm(G) <= (1 - 1e-4 * t) * before) & (norm(G) < before)
-        good = waiting & (lower | flatter) & torch.isfinite(norm(G))
+        factor = torch.where(near, 0.5, 1 - 1e-4 * t)
+        flatter = ((new <= value + noise) | near) & (norm(G) <= factor * before) & (norm(G) < before)
+        good = waiting & ((lower & ~near) | flatter) & torch.isfinite(norm(G))
         y, value = torch.where(good[..., None], trial, y), torch.where(good, new, value)
         F = torch.where(good[..., None], G, F)
-        waiting = waiting & ~good
+        moved = moved | good
+        waiting = waiting & ~good & ~near
         if not checks.host_bool(waiting.any()):
             break
         t = torch.where(waiting, 0.5 * t, t)
-    return y, value, F, active & ~waiting
+    return y, value, F, moved

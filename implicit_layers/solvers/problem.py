@@ -115,7 +115,7 @@ class Terms:
         self._h = float(torch.finfo(z0.dtype).eps ** (1 / 3))
         ramp = torch.arange(1, rows.n + 1, dtype=z0.dtype, device=z0.device) * 0.6180339887498949
         fraction = ramp - ramp.floor()
-        self._weights = torch.where(fraction < 0.5, -1.0, 1.0) * (0.5 + fraction)  # (n,)
+        self._weights = torch.where(fraction < 0.5, -0.5 - fraction, 0.5 + fraction)  # (n,)
         moved = tuple(
             x * (1 + self._h * (-1) ** i * (0.5 + (0.618 * (i + 1)) % 1))
             if isinstance(x, Tensor) and x.is_floating_point()

@@ -241,10 +241,11 @@ def unrolled_qp(
     if G is None or h is None or G.shape[-2] == 0:
         return z0
     PGt = torch.cholesky_solve(G.mT, Q_factor)
+    size = (G.mT * PGt).sum(-2).amax(-1, keepdim=True)  # of G Q⁻¹ Gᵀ, of which the equalities may leave nothing
     if A is not None and b is not None:
         PGt = PGt - QiAt @ torch.cholesky_solve(A @ PGt, S_factor)
     R = G @ PGt
-    rho = _penalty(R)
+    rho = _penalty(R, size)
     eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
     factor = _cholesky("I + ρR", eye + rho.unsqueeze(-1) * (0.5 * (R + R.mT)))
     T = eye - torch.cholesky_solve(eye.expand_as(factor), factor)
@@ -255,11 +256,12 @@ def unrolled_qp(
     return z0 - _matvec(PGt, rho * (v - torch.minimum(v, h)))
 
 
-def _penalty(R: Tensor) -> Tensor:  # (*B, m, m) -> (*B, 1)
-    """ρ = 1/√(λ_min λ_max) over the eigenvalues of R that are not zero."""
+def _penalty(R: Tensor, size: Tensor) -> Tensor:  # (*B, m, m), (*B, 1) -> (*B, 1)
+    """ρ = 1/√(λ_min λ_max) over the eigenvalues of R that are not zero beside `size`; 1/size if all are."""
     eigenvalues = torch.linalg.eigvalsh(R.detach())
-    largest = eigenvalues.amax(-1, keepdim=True).clamp_min(torch.finfo(R.dtype).tiny)
-    zero = eigenvalues <= largest * (1e3 * torch.finfo(R.dtype).eps)
+    size = size.detach().clamp_min(torch.finfo(R.dtype).tiny)
+    zero = eigenvalues <= size * (1e3 * torch.finfo(R.dtype).eps)
+    largest = torch.where(zero.all(-1, keepdim=True), size, eigenvalues.amax(-1, keepdim=True))
     smallest = torch.where(zero, largest, eigenvalues).amin(-1, keepdim=True)
     return 1.0 / (smallest * largest).sqrt()
 

@@ -35,6 +35,7 @@ class IFTReport:
     scaled_condition: Tensor  # the same once the rows and columns of ∂F/∂z have unit length: free of units
     tol: float  # on the relative residual
     max_condition: float  # on the scaled condition
+    rounding_condition: float  # on the condition itself: 1/eps, beyond which a row of ∂F/∂z may be nothing but rounding
 
     @property
     def solved(self) -> Tensor:
@@ -49,7 +50,7 @@ class IFTReport:
     @property
     def invertible(self) -> Tensor:
         """Third condition: ∂F/∂z is invertible."""
-        return self.scaled_condition <= self.max_condition
+        return (self.scaled_condition <= self.max_condition) & (self.condition <= self.rounding_condition)
 
     @property
     def ok(self) -> Tensor:
@@ -89,7 +90,10 @@ class IFTReport:
         elif not bool(self.smooth[index]):
             words.append("2: F has a kink at z")
         if not bool(self.invertible[index]):
-            words.append(f"3: dF/dz is singular, scaled condition {float(self.scaled_condition[index]):.1e}")
+            if bool(self.scaled_condition[index] <= self.max_condition):
+                words.append("3: dF/dz is singular to rounding; if only its units differ, rescale F or z")
+            else:
+                words.append(f"3: dF/dz is singular, scaled condition {float(self.scaled_condition[index]):.1e}")
         return "; ".join(words) or "ok"
 
 
@@ -107,7 +111,8 @@ def check_ift(
     1. F(z, θ) = 0, up to `tol` relative to the size of the terms that cancel in F.
     2. F is continuously differentiable: its first derivatives in z and θ are finite, and along three fixed directions
        its slopes to either side agree in the limit. (A kink off these directions is not seen.)
-    3. ∂F/∂z is invertible: its condition number, rows and columns scaled to unit length, is below `max_condition`.
+    3. ∂F/∂z is invertible: its condition number, rows and columns scaled to unit length, is below `max_condition`, and
+       unscaled below 1/eps: scaling would make a row that is only rounding look like any other.
 
     Args:
         residual:       F(z, \*theta), as for `root`.
@@ -153,6 +158,7 @@ def check_ift(
             scaled_condition=_singular_values(scaled)[2],
             tol=eps**0.5 if tol is None else tol,
             max_condition=64 / eps**0.5 if max_condition is None else max_condition,
+            rounding_condition=1.0 / eps,
         )
 
 

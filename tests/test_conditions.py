@@ -150,3 +150,20 @@ def test_bad_arguments():
         il.check_ift(lambda z: z.sum(), torch.ones(3))
     with pytest.raises(il.DtypeError):
         il.check_ift(lambda z: z, torch.ones(3, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, -1.7])
+def test_the_reports_own_system_is_singular_where_logsumexp_is_one(shift: float) -> None:
+    """Its singular row is then nothing but rounding, which scaling to unit length must not revive."""
+    theta = torch.tensor([0.1, 0.7, -0.4 + shift], dtype=torch.float64)
+    for target, expected in ((1.0, False), (1.5, True)):
+        moved = theta - theta.logsumexp(0) + target
+        y = moved.softmax(0)
+        point = torch.cat([y, (1.0 - moved.logsumexp(0)).reshape(1)])
+
+        def residual(point: Tensor, moved: Tensor) -> Tensor:
+            x, u = point[:3], point[3:]
+            return torch.cat([moved - x.log() - 1.0 + u, u * (x.sum() - 1.0)])
+
+        report = il.check_ift(residual, point, moved)
+        assert bool(report.invertible) == expected, str(report)

@@ -53,8 +53,9 @@ class Reduced(NamedTuple):
     free: Tensor  # (N or 1, n): z⁰ = −Q⁻¹p, the minimum without constraints
     schur: Tensor  # (N or 1, m, m): S = D E Q⁻¹ Eᵀ D, unit diagonal
     scale: Tensor  # (N or 1, m): the diagonal of D
-    violation: Tensor  # (N or 1, m): t = D (E z⁰ − f), distances in the norm of Q
-    entry: Tensor  # (N or 1,): the largest entry of E
+    violation: Tensor  # (N or 1, m): t = D (E z⁰ − f), distances in the norm of Q; zero where it is only rounding
+    free_norm: Tensor  # (N or 1,): |z⁰| in the norm of Q
+    touches: Tensor  # (N or 1, m): 1, but 0 on rows of E that are zero
     chol_eq: Tensor  # (N or 1, n_eq, n_eq): S_ee = C_e C_eᵀ
     across: Tensor  # (N or 1, n_eq, n_ineq): X = C_e⁻¹ S_ei
     projected: Tensor  # (N or 1, n_ineq, n_ineq): R = S_ii − XᵀX
@@ -160,7 +161,6 @@ def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, ridge: fl
     length = torch.linalg.vector_norm(half, dim=-2)
     scale = torch.where(length > 0, length, 1.0).reciprocal()
     half = half * scale.unsqueeze(-2)
-    entry = torch.linalg.vector_norm(E, torch.inf, dim=(-2, -1)) if E.shape[-2] else E.new_zeros(E.shape[0])
     schur = half.mT @ half
     corner = schur[:, :n_eq, :n_eq]
     chol_eq, positive = _cholesky(corner)
@@ -170,7 +170,11 @@ def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, ridge: fl
     across = torch.linalg.solve_triangular(chol_eq, schur[:, :n_eq, n_eq:], upper=False)
     projected = torch.baddbmm(schur[:, n_eq:, n_eq:], across.mT, across, alpha=-1)
     violation = scale * (matvec(E, free) - f)
-    return Reduced(chol_q, free, schur, scale, violation, entry, chol_eq, across, projected, ~positive)
+    free_norm = (-(free * p).sum(-1)).clamp(min=0.0).sqrt()
+    touches = (length > 0).to(schur.dtype)
+    rounding = 32 * torch.finfo(schur.dtype).eps * (scale * f.abs() + touches * free_norm.unsqueeze(-1))
+    violation = torch.where(violation.abs() <= rounding, 0.0, violation)
+    return Reduced(chol_q, free, schur, scale, violation, free_norm, touches, chol_eq, across, projected, ~positive)
 
 
 def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,8 +182,13 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(matrix)
     positive = info == 0
     if matrix.shape[-1]:
-        positive = positive & (factor.diagonal(dim1=-2, dim2=-1).amin(-1) ** 2 > 1e-13)
+        positive = positive & (factor.diagonal(dim1=-2, dim2=-1).amin(-1) ** 2 > least_pivot(matrix))
     return factor, positive
+
+
+def least_pivot(matrix: Tensor) -> float:
+    """Say below what a pivot of a matrix of unit diagonal is only rounding."""
+    return 16 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
 
 
 def factorise(reduced: Reduced, active: Tensor) -> tuple[Factor, Tensor]:
@@ -235,28 +244,37 @@ def solve(factor: Factor, Q: Tensor, E: Tensor, r_z: Tensor, r_y: Tensor, refine
     return u_z, u_y
 
 
-def relative_residual(
-    p: Tensor, f: Tensor, y: Tensor, n_eq: int, curved: Tensor, pulled: Tensor, image: Tensor, size: Tensor
-) -> Tensor:
-    """Measure the KKT residual relative to the data, (N,): free of units, 0 where the data are all zero.
+def magnitude(reduced: Reduced, f: Tensor, z_norm: Tensor) -> Tensor:  # (N,) -> (N, m)
+    """Bound the terms of each row E z − f, scaled, for a point of that length in the norm of Q."""
+    return reduced.scale * f.abs() + reduced.touches * z_norm.unsqueeze(-1)
 
-    From curved = Qz, pulled = Eᵀy, image = Ez, size = max|E| max(|z|, |z⁰|), with z⁰ the minimum without constraints.
-    Stationarity is relative to its largest term, feasibility to the larger of |f| and `size`, the sign of λ to the
-    largest dual, complementarity to the product of the last two.
+
+def relative_residual(
+    reduced: Reduced, f: Tensor, y: Tensor, n_eq: int, gradient: Tensor, image: Tensor, z_norm: Tensor
+) -> Tensor:
+    """Measure the KKT residual relative to the data, (N,): blind to units, row by row, 0 where all data are zero.
+
+    From gradient = Qz + p + Eᵀy, image = Ez and z_norm = |z|, all lengths in the norm of Q: stationarity relative to
+    the longer of z and z⁰ (the minimum without constraints); each row of Ez − f relative to its own terms; the sign of
+    λ to the largest dual; complementarity, row by row, to both.
     """
 
-    def ratio(value: Tensor, scale: Tensor) -> Tensor:
-        return torch.where(value > 0, value / scale.clamp(min=torch.finfo(value.dtype).tiny), 0.0)
+    def ratio(value: Tensor, scale: Tensor) -> Tensor:  # NaN stays NaN
+        return torch.where(value == 0, 0.0, value / scale.clamp(min=torch.finfo(value.dtype).tiny))
 
-    gap = image - f
+    gap = reduced.scale * (image - f)
     over = torch.cat([gap[..., :n_eq].abs(), gap[..., n_eq:].clamp(min=0)], dim=-1)
-    lam = y[..., n_eq:]
-    primal_scale, dual_scale = torch.maximum(largest(f), size), largest(y)
+    # z is known to rounding of z⁰ only, which is allowed a little beyond the terms of the row itself
+    terms = magnitude(reduced, f, torch.maximum(z_norm, 1e-5 * reduced.free_norm))
+    dual = y / reduced.scale
+    lam = dual[..., n_eq:]
+    longest_dual = largest(dual)
+    error = torch.linalg.vector_norm(triangular_solve(reduced.chol_q, gradient), dim=-1)
     parts = [
-        ratio(largest(curved + p + pulled), largest(torch.cat([curved, p.expand_as(curved), pulled], dim=-1))),
-        ratio(largest(over), primal_scale),
-        ratio(largest(lam.clamp(max=0)), dual_scale),
-        ratio(largest(lam * gap[..., n_eq:]), primal_scale * dual_scale),
+        ratio(error, torch.maximum(z_norm, reduced.free_norm)),
+        largest(ratio(over, terms)),
+        ratio(largest(lam.clamp(max=0)), longest_dual),
+        largest(ratio(lam * gap[..., n_eq:], terms[..., n_eq:] * longest_dual.unsqueeze(-1))),
     ]
     worst = torch.stack(torch.broadcast_tensors(*parts)).amax(0)
     return torch.where(torch.isfinite(worst), worst, torch.inf)

@@ -8,6 +8,7 @@ Source: Hintermüller, Ito & Kunisch (2003), SIAM J. Optim. 13(3), for the corre
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from implicit_layers.solution import Status
 RIDGE = 1e-10  # on the unit diagonal of the Schur complement, where active rows depend on each other
 REFINE = 1  # refinement steps on a factor without ridge
 REFINE_DEPENDENT = 6  # with the ridge: each step gains a factor ridge / (smallest non-zero eigenvalue)
-_FAR = 1e5  # how many times farther than every single constraint the nearest feasible point may lie
+_WEAK = 1e-11  # relative size below which a dual or a slack counts as zero
+_TIGHT = 1e-11  # relative residual that consistent dependent rows must reach
+_FAR = 1e6  # how many times farther than every single constraint the nearest feasible point may lie
 
 
 class Program(NamedTuple):
@@ -41,15 +44,31 @@ class Program(NamedTuple):
         Q, p, E, f, n_eq, reduced = self
         return Program(pick(Q), pick(p), pick(E), pick(f), n_eq, quadratic.Reduced(*map(pick, reduced)))
 
-    def size(self, z: Tensor) -> Tensor:  # (k, n) -> (k,)
-        """Bound the terms of E z, for z and for the minimum without constraints."""
-        return self.reduced.entry * torch.maximum(quadratic.largest(z), quadratic.largest(self.reduced.free))
-
     def residual(self, z: Tensor, y: Tensor) -> Tensor:  # (k, n), (k, m) -> (k,)
         """Measure the relative KKT residual at a point."""
-        curved, pulled = quadratic.matvec(self.Q, z), quadratic.transposed_matvec(self.E, y)
-        image = quadratic.matvec(self.E, z)
-        return quadratic.relative_residual(self.p, self.f, y, self.n_eq, curved, pulled, image, self.size(z))
+        return Image.of(self, z, y).residual(self, y)
+
+
+class Image(NamedTuple):
+    """The products of a point with the matrices of its program."""
+
+    gradient: Tensor  # (k, n): Qz + p + Eᵀy
+    rows: Tensor  # (k, m): Ez
+    length: Tensor  # (k,): |z| in the norm of Q
+
+    @staticmethod
+    def of(program: Program, z: Tensor, y: Tensor) -> Image:
+        """Take the three products."""
+        curved = quadratic.matvec(program.Q, z)
+        gradient = curved + program.p + quadratic.transposed_matvec(program.E, y)
+        length = (curved * z).sum(-1).clamp(min=0.0).sqrt()
+        return Image(gradient, quadratic.matvec(program.E, z), length)
+
+    def residual(self, program: Program, y: Tensor) -> Tensor:  # -> (k,)
+        """Measure the relative KKT residual."""
+        return quadratic.relative_residual(
+            program.reduced, program.f, y, program.n_eq, self.gradient, self.rows, self.length
+        )
 
 
 class ActiveSetPoint(NamedTuple):
@@ -61,6 +80,7 @@ class ActiveSetPoint(NamedTuple):
     residual: Tensor  # (k,) relative KKT residual
     accepted: Tensor  # (k,) bool
     independent: Tensor  # (k,) bool: the active rows do not depend on each other
+    weak: Tensor  # (k,) bool: some inequality has neither a dual nor a slack
     corrected: Tensor  # (k, m): the active set that the signs ask for
 
 
@@ -68,7 +88,7 @@ def solve_on(
     program: Program, active: Tensor, y: Tensor, *, tol: float, sign_tol: float, refine: int, ridge: bool = False
 ) -> ActiveSetPoint:
     """Solve on the active rows, with a ridge next to the duals `y`, and judge the answer by its KKT conditions."""
-    Q, p, E, f, n_eq, reduced = program
+    _, _, E, f, n_eq, reduced = program
     if ridge:  # next to the duals at hand; without a ridge there is one answer, and zero data must give exact zeros
         factor = quadratic.factorise_with_ridge(reduced, active, RIDGE)
         independent = torch.ones_like(active[:, 0], dtype=torch.bool)
@@ -80,22 +100,32 @@ def solve_on(
         dual = quadratic.schur_solve(factor, reduced.violation)
     y = reduced.scale * dual
     z = reduced.free - quadratic.cholesky_solve(reduced.chol_q, quadratic.transposed_matvec(E, y))
-    curved, pulled, image = quadratic.matvec(Q, z), quadratic.transposed_matvec(E, y), quadratic.matvec(E, z)
+    image = Image.of(program, z, y)
     for _ in range(refine):
-        step_z, step_y = quadratic.solve_once(factor, E, -(curved + p + pulled), active * (f - image))
+        step_z, step_y = quadratic.solve_once(factor, E, -image.gradient, active * (f - image.rows))
         z, y = z + step_z, y + step_y
-        curved, pulled, image = quadratic.matvec(Q, z), quadratic.transposed_matvec(E, y), quadratic.matvec(E, z)
+        image = Image.of(program, z, y)
     dual = y / reduced.scale
-    slack = reduced.scale * (f - image)
-    unit = sign_tol * torch.maximum(quadratic.largest(dual), quadratic.largest(reduced.violation)).unsqueeze(-1)
+    slack = reduced.scale * (f - image.rows)
+    size = quadratic.magnitude(reduced, f, torch.maximum(image.length, reduced.free_norm))
+    dual_size = torch.maximum(quadratic.largest(dual), quadratic.largest(active * size)).unsqueeze(-1)
     inequality = torch.arange(active.shape[-1], device=active.device) >= n_eq
-    leave = inequality & (active > 0) & (dual < -unit)
-    enter = inequality & (active == 0) & (slack < -unit)
-    residual = quadratic.relative_residual(p, f, y, n_eq, curved, pulled, image, program.size(z))
+    leave = inequality & (active > 0) & (dual < -sign_tol * dual_size)
+    enter = inequality & (active == 0) & (slack < -sign_tol * size)
+    weak = inequality & (dual.abs() <= _WEAK * dual_size) & (slack.abs() <= _WEAK * size)
+    residual = image.residual(program, y)
     y = torch.where(inequality, y.clamp(min=0.0), y)
     accepted = independent & ~(leave | enter).any(-1) & (residual <= tol)
     corrected = torch.where(leave, 0.0, torch.where(enter, 1.0, active))
-    return ActiveSetPoint(z, y, factor, residual, accepted, independent, corrected)
+    return ActiveSetPoint(z, y, factor, residual, accepted, independent, weak.any(-1), corrected)
+
+
+class Degeneracy(IntEnum):
+    """Why the derivative at a solution is not unique."""
+
+    NONE = 0
+    WEAK = 1  # an inequality is only just active: no dual, no slack
+    DEPENDENT = 2  # the active rows depend on each other
 
 
 class Answers:
@@ -112,7 +142,7 @@ class Answers:
         self.residual = like.new_full((batch,), torch.inf)
         self.iterations = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.status = torch.full((batch,), int(Status.NOT_CONVERGED), dtype=torch.int8, device=like.device)
-        self.degenerate = torch.zeros(batch, dtype=torch.bool, device=like.device)
+        self.degenerate = torch.zeros(batch, dtype=torch.int8, device=like.device)  # numbers of `Degeneracy`
 
     def factor(self, program: Program) -> quadratic.Factor:
         """Give the factors on the active sets of all programs; that of a failed program is of no use."""
@@ -157,14 +187,8 @@ class Answers:
         and derivatives of least norm. Where they do not (the two sides of a thin slab), only an independent choice of
         them, large duals first, can be active.
         """
-        point = solve_on(program, active, y, tol=tol, sign_tol=1e-7, refine=REFINE_DEPENDENT, ridge=True)
-        self._keep(index, point, point.accepted)
-        self.degenerate[index] = point.accepted
-        rows = point.accepted.nonzero().squeeze(-1)
-        if rows.numel():
-            batch = self.z.shape[0]
-            self.chol_eq = self.chol_eq.expand(batch, -1, -1).index_copy(0, index[rows], point.factor.chol_eq[rows])
-            self.across = self.across.expand(batch, -1, -1).index_copy(0, index[rows], point.factor.across[rows])
+        point = solve_on(program, active, y, tol=min(tol, _TIGHT), sign_tol=1e-7, refine=REFINE_DEPENDENT, ridge=True)
+        self._keep_dependent(index, point, point.accepted)
         left = (~point.accepted).nonzero().squeeze(-1)
         if not left.numel():
             return left
@@ -172,34 +196,38 @@ class Answers:
         chosen = _independent_rows(program.reduced.schur, active, y / program.reduced.scale, program.n_eq)
         return left[self.settle(program, index[left], chosen, chosen * y, tol=tol, sign_tol=1e-10, refine=3)]
 
-    def give_up(self, program: Program, index: Tensor, y: Tensor) -> None:
-        """Write down the last iterate of programs that have failed, and which of them are proven infeasible.
+    def give_up(self, program: Program, index: Tensor, active: Tensor, y: Tensor, *, tol: float) -> None:
+        """End with the programs that no active set settles: proven infeasible, good enough as they are, or failed."""
+        point = solve_on(program, active, y, tol=tol, sign_tol=torch.inf, refine=REFINE_DEPENDENT, ridge=True)
+        infeasible = _contradict(program, y)
+        z = program.reduced.free - quadratic.cholesky_solve(
+            program.reduced.chol_q, quadratic.transposed_matvec(program.E, y)
+        )
+        residual = program.residual(z, y)
+        better = residual < point.residual
+        point = point._replace(
+            z=torch.nan_to_num(torch.where(better.unsqueeze(-1), z, point.z)),
+            y=torch.nan_to_num(torch.where(better.unsqueeze(-1), y, point.y)),
+            residual=torch.minimum(residual, point.residual),
+        )
+        good = ~infeasible & (point.residual <= tol)
+        self._keep_dependent(index, point, good)
+        rows = (~good).nonzero().squeeze(-1)
+        to = index[rows]
+        self.z[to], self.y[to], self.residual[to] = point.z[rows], point.y[rows], point.residual[rows]
+        failed = torch.where(infeasible, int(Status.INFEASIBLE), int(Status.NOT_CONVERGED))
+        self.status[to] = failed[rows].to(torch.int8)
 
-        A combination y of the constraints (λ ≥ 0) with Eᵀy = 0 and fᵀy < 0 proves that no point satisfies them. With
-        rounding, yᵀ(E z⁰ − f) / |L⁻¹Eᵀy| bounds from below how far from z⁰ every feasible point lies; it counts as a
-        proof where that is `_FAR` times farther than the farthest single constraint.
-        """
-        reduced = program.reduced
-        z = reduced.free - quadratic.cholesky_solve(reduced.chol_q, quadratic.transposed_matvec(program.E, y))
-        self.z[index] = torch.nan_to_num(z)
-        self.y[index] = torch.nan_to_num(y)
-        self.residual[index] = program.residual(self.z[index], self.y[index])
-        inequality = torch.arange(y.shape[-1], device=y.device) >= program.n_eq
-        dual = _unit(self.y[index] / reduced.scale)
-        support = (~inequality | (dual > 1e-6)).to(dual.dtype)
-        factor = quadratic.factorise_with_ridge(reduced, support, RIDGE)
-        far = _FAR * quadratic.largest(reduced.violation)
-        proven = torch.zeros_like(far, dtype=torch.bool)
-        for _ in range(3):
-            pulled = quadratic.transposed_matvec(program.E, reduced.scale * dual).unsqueeze(-1)
-            half = torch.linalg.solve_triangular(reduced.chol_q, pulled, upper=False)
-            length = torch.linalg.vector_norm(half, dim=(-2, -1))
-            depth = (dual * reduced.violation).sum(-1)
-            proven = proven | ((depth > 1e-15 * far) & (depth >= far * length))
-            dual = RIDGE * quadratic.schur_solve(factor, dual)  # towards Eᵀy = 0
-            dual = _unit(torch.where(inequality, dual.clamp(min=0.0), dual))
-        failed = torch.where(proven, int(Status.INFEASIBLE), int(Status.NOT_CONVERGED))
-        self.status[index] = failed.to(torch.int8)
+    def _keep_dependent(self, index: Tensor, point: ActiveSetPoint, where: Tensor) -> None:
+        """Write down points on active rows that depend on each other, with the whole of their factor."""
+        self._keep(index, point, where)
+        rows = where.nonzero().squeeze(-1)
+        if not rows.numel():
+            return
+        to, batch = index[rows], self.z.shape[0]
+        self.degenerate[to] = int(Degeneracy.DEPENDENT)
+        self.chol_eq = self.chol_eq.expand(batch, -1, -1).index_copy(0, to, point.factor.chol_eq[rows])
+        self.across = self.across.expand(batch, -1, -1).index_copy(0, to, point.factor.across[rows])
 
     def _keep(self, index: Tensor, point: ActiveSetPoint, where: Tensor) -> None:
         """Write down the accepted points."""
@@ -217,6 +245,33 @@ class Answers:
         self.active[to] = point.factor.active[rows]
         self.residual[to] = point.residual[rows]
         self.status[to] = int(Status.CONVERGED)
+        self.degenerate[to] = point.weak[rows].to(torch.int8) * int(Degeneracy.WEAK)
+
+
+def _contradict(program: Program, y: Tensor) -> Tensor:  # -> (k,) bool
+    """Tell where a combination of the constraints next to `y` proves that no point satisfies them all.
+
+    A combination y of the rows (λ ≥ 0) with Eᵀy = 0 and fᵀy < 0 is such a proof. With rounding,
+    yᵀ(E z⁰ − f) / |L⁻¹Eᵀy| bounds from below how far from z⁰ every feasible point lies; it counts as a proof where that
+    is `_FAR` times farther than the farthest single constraint, and farther than z⁰ is long.
+    """
+    reduced = program.reduced
+    inequality = torch.arange(y.shape[-1], device=y.device) >= program.n_eq
+    violated = torch.where(inequality, reduced.violation.clamp(min=0.0), reduced.violation.abs())
+    far = _FAR * torch.maximum(quadratic.largest(violated), torch.finfo(y.dtype).eps * reduced.free_norm)
+    dual = _unit(torch.nan_to_num(y) / reduced.scale)
+    support = (~inequality | (dual > 1e-6)).to(dual.dtype)
+    factor = quadratic.factorise_with_ridge(reduced, support, RIDGE)
+    proven = torch.zeros_like(dual[:, 0], dtype=torch.bool)
+    for _ in range(3):
+        pulled = quadratic.transposed_matvec(program.E, reduced.scale * dual)
+        length = torch.linalg.vector_norm(quadratic.triangular_solve(reduced.chol_q, pulled), dim=-1)
+        depth = (dual * reduced.violation).sum(-1)
+        rounding = 1e-14 * (dual.abs() * quadratic.magnitude(reduced, program.f, reduced.free_norm)).sum(-1)
+        proven = proven | ((depth > rounding) & (depth >= far * length))
+        dual = RIDGE * quadratic.schur_solve(factor, dual)  # towards Eᵀy = 0
+        dual = _unit(torch.where(inequality, dual.clamp(min=0.0), dual))
+    return proven
 
 
 def _unit(vector: Tensor) -> Tensor:  # (k, m) -> (k, m)
@@ -233,9 +288,10 @@ def _independent_rows(schur: Tensor, active: Tensor, dual: Tensor, n_eq: int) ->
     rest = rest.gather(-2, order.unsqueeze(-1).expand(-1, m, m)).gather(-1, order.unsqueeze(-2).expand(-1, m, m))
     wanted = active.gather(-1, order) > 0
     kept = torch.zeros_like(wanted)
+    least = quadratic.least_pivot(schur)
     for j in range(m):  # Cholesky, one row after the other, leaving out rows whose pivot vanishes
         pivot = rest[:, j, j]
-        kept[:, j] = wanted[:, j] & (pivot > 1e-10)
-        column = torch.where(kept[:, j, None], rest[:, :, j] * pivot.clamp(min=1e-10).rsqrt()[:, None], 0.0)
+        kept[:, j] = wanted[:, j] & (pivot > least)
+        column = torch.where(kept[:, j, None], rest[:, :, j] * pivot.clamp(min=least).rsqrt()[:, None], 0.0)
         rest = rest - quadratic.outer(column, column)
     return torch.zeros_like(active).scatter(-1, order, kept.to(active.dtype))

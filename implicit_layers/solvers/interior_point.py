@@ -40,10 +40,10 @@ class _Phase(NamedTuple):
 
 
 _PHASES = (
-    _Phase(1e-3, 1e-12, 1, balanced=True, dependent=False),
-    _Phase(1e-6, 1e-12, 1, balanced=False, dependent=False),
-    _Phase(1e-9, 1e-12, 1, balanced=True, dependent=False),
-    _Phase(1e-12, 1e-11, 3, balanced=False, dependent=True),
+    _Phase(1e-3, 1e-14, 1, balanced=True, dependent=False),
+    _Phase(1e-6, 1e-14, 1, balanced=False, dependent=False),
+    _Phase(1e-9, 1e-13, 1, balanced=True, dependent=False),
+    _Phase(1e-12, 1e-12, 3, balanced=False, dependent=True),
     _Phase(1e-15, 1e-10, 3, balanced=True, dependent=True),
 )
 _TO_BOUNDARY = 0.995
@@ -56,7 +56,7 @@ class QPResult(NamedTuple):
     z: Tensor  # (N, n)
     y: Tensor  # (N, m): (nu, lam)
     factor: quadratic.Factor
-    degenerate: Tensor  # (N,) bool: the active rows depend on each other, so the duals are not unique
+    degenerate: Tensor  # (N,) int8: whether and why the derivative is not unique, see `active_set.Degeneracy`
     info: SolveInfo
     program: Program
 
@@ -107,33 +107,50 @@ class InteriorPoint:
         left = answers.settle(program, index, every, answers.y, tol=self.tol, sign_tol=0.0, rounds=1)
         if left.numel():
             part, every = program.take(left), every[left]
-            y = answers.y[left]
-            still = answers.settle_dependent(part, left, every, y, tol=self.tol)
+            still = answers.settle_dependent(part, left, every, answers.y[left], tol=self.tol)
             part = part.take(still)
             contradiction = part.reduced.violation.expand(still.shape[0], -1) * part.reduced.scale
-            answers.give_up(part, left[still], contradiction)
+            answers.give_up(part, left[still], every[still], contradiction, tol=self.tol)
 
     def _solve_inequalities(self, program: Program, answers: Answers) -> None:
         """Follow the central path in phases; after each, settle what can be settled and go on with the rest."""
         path = _CentralPath(program, answers.z.shape[0])
+        inside = (path.w >= 0.0).all(-1).nonzero().squeeze(-1)  # no inequality is violated without inequalities
+        if inside.numel():
+            only_equalities = path.active(balanced=True)[inside] * path.equality
+            part = program.take(inside)
+            left = answers.settle(part, inside, only_equalities, only_equalities, tol=self.tol, sign_tol=1e-12)
+            path.keep(_without(path.index, inside, left))
+        guess, duals = path.active(balanced=True), path.duals()
         for phase in _PHASES:
+            if not path.index.numel():
+                return
             path.advance(phase.measure, self.max_iter)
             answers.iterations[path.index] = path.iterations
             guess, duals = path.active(balanced=phase.balanced), path.duals()
             left = answers.settle(
                 path.program, path.index, guess, duals, tol=self.tol, sign_tol=phase.sign_tol, refine=phase.refine
             )
+            guess, duals = guess[left], duals[left]
             path.keep(left)
             if phase.dependent and left.numel():
-                left = answers.settle_dependent(path.program, path.index, guess[left], duals[left], tol=self.tol)
+                left = answers.settle_dependent(path.program, path.index, guess, duals, tol=self.tol)
+                guess, duals = guess[left], duals[left]
                 path.keep(left)
-            if not left.numel():
-                return
-        answers.give_up(path.program, path.index, path.duals())
+        if path.index.numel():
+            answers.give_up(path.program, path.index, guess, duals, tol=self.tol)
+
+
+def _without(index: Tensor, tried: Tensor, left: Tensor) -> Tensor:
+    """Say which positions of `index` remain when those tried are settled but for the ones left."""
+    remain = torch.ones_like(index, dtype=torch.bool)
+    remain[tried] = False
+    remain[tried[left]] = True
+    return remain.nonzero().squeeze(-1)
 
 
 class _CentralPath:
-    """Iterates λ, s > 0 of the programs not yet settled, in units in which the largest |w| is 1."""
+    """Iterates λ, s > 0 of the programs not yet settled, in units in which the largest violation −w is 1."""
 
     def __init__(self, program: Program, batch: int) -> None:
         self.program = program
@@ -142,15 +159,19 @@ class _CentralPath:
         self.R = reduced.projected
         half = quadratic.triangular_solve(reduced.chol_eq, reduced.violation[:, :n_eq])
         w = quadratic.transposed_matvec(reduced.across, half) - reduced.violation[:, n_eq:]
-        self.unit = torch.where((w != 0).any(-1), w.abs().amax(-1), 1.0)[:, None]
+        violation = (-w).amax(-1)
+        self.unit = torch.where(violation > 0, violation, 1.0)[:, None]
         self.w = (w / self.unit).expand(batch, -1)
         self.unit = self.unit.expand(batch, -1)
         shifted = self.R.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(1.0)
         start = quadratic.cholesky_solve(torch.linalg.cholesky_ex(shifted)[0], -self.w)
-        margin = torch.where((start != 0).any(-1), start.abs().amax(-1), 1.0)[:, None]
-        self.lam = start.clamp(min=0.0) + margin
+        highest = start.amax(-1)
+        margin = torch.where(highest > 0, highest, 1.0)[:, None]
         self.s = (-start).clamp(min=0.0) + margin
+        self.lam = start.clamp(min=0.0) + margin * (margin / self.s)  # rows far from their bound start centred
+        ones = torch.ones(1, reduced.scale.shape[-1], dtype=self.R.dtype, device=self.R.device)
+        self.equality = (torch.arange(ones.shape[-1], device=ones.device) < n_eq) * ones  # (1, m)
         self.iterations = torch.zeros(batch, dtype=torch.int64, device=self.R.device)
         self.stuck = torch.zeros(batch, dtype=torch.bool, device=self.R.device)
 
@@ -165,10 +186,11 @@ class _CentralPath:
         """Guess the active rows: all equalities, and inequalities whose dual outweighs their slack.
 
         Balanced, each is measured by the largest of its kind, which is right for ill-conditioned programs; otherwise
-        by no less than 1, which is right where all slacks vanish.
+        by no less than 1, which is right where all slacks vanish. Slacks beyond the largest violation do not count.
         """
         floor = 0.0 if balanced else 1.0
-        dual_scale, slack_scale = (t.amax(-1, keepdim=True).clamp(min=floor) for t in (self.lam, self.s))
+        dual_scale = self.lam.amax(-1, keepdim=True).clamp(min=floor)
+        slack_scale = self.s.clamp(max=1.0).amax(-1, keepdim=True).clamp(min=floor)
         guess = (self.lam * slack_scale > self.s * dual_scale).to(self.lam.dtype)
         return torch.cat([torch.ones_like(guess[:, :1]).expand(-1, self.program.n_eq), guess], dim=-1)
 
@@ -186,7 +208,8 @@ class _CentralPath:
         while True:
             measure = (lam * s).mean(-1)
             infeasibility = quadratic.matvec(R, lam) + w - s
-            reached = (measure <= target) & (infeasibility.abs().amax(-1) <= 1e-2 * target**0.5)
+            off = (infeasibility.abs() / s.clamp(min=1.0)).amax(-1)
+            reached = (measure <= target) & (off <= 1e-2 * target**0.5)
             running = ~reached & ~stuck & (count < max_iter)
             at_work = checks.host_int(running.sum())
             if at_work == 0 or at_work <= 0.75 * running.shape[0]:

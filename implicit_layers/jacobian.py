@@ -50,6 +50,10 @@ def recordable(*tensors: Tensor) -> list[Tensor]:
 def _without_hooks() -> Iterator[None]:
     """Lift the caller's saved-tensor hooks (of a checkpoint, say): functional transforms refuse to run under any."""
     autograd = torch._C._autograd
+    if not hasattr(autograd, "_top_saved_tensors_default_hooks"):  # before torch 2.8
+        with _covered_hooks():
+            yield
+        return
     lifted = []
     while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
         lifted.append(top)
@@ -112,6 +116,21 @@ def gradient(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return pull(torch.ones_like(values))[0]
 
     return residual
+
+
+@contextmanager
+def _covered_hooks() -> Iterator[None]:
+    """Where hooks cannot be lifted, cover them by some that do nothing; transforms inside still refuse to run."""
+    autograd = torch._C._autograd
+    if autograd._saved_tensors_hooks_get_disabled_error_message() is None:
+        try:
+            with torch.autograd.graph.disable_saved_tensors_hooks("none are in use"):
+                pass
+        except RuntimeError:  # some are
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+                yield
+            return
+    yield
 
 
 class Jacobian:

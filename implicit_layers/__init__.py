@@ -4,6 +4,8 @@ from implicit_layers import nn as nn
 from implicit_layers import testing as testing
 from implicit_layers.conditions import IFTReport as IFTReport
 from implicit_layers.conditions import check_ift as check_ift
+from implicit_layers.errors import ArgumentError as ArgumentError
+from implicit_layers.errors import ArgumentTypeError as ArgumentTypeError
 from implicit_layers.errors import CapturedTensorError as CapturedTensorError
 from implicit_layers.errors import ConvergenceError as ConvergenceError
 from implicit_layers.errors import ConvergenceWarning as ConvergenceWarning
@@ -20,6 +22,7 @@ from implicit_layers.errors import ShapeError as ShapeError
 from implicit_layers.errors import SingularAdjointError as SingularAdjointError
 from implicit_layers.errors import SolveError as SolveError
 from implicit_layers.errors import UnboundedError as UnboundedError
+from implicit_layers.errors import UnsupportedError as UnsupportedError
 from implicit_layers.implicit import argmin as argmin
 from implicit_layers.implicit import attach_gradient as attach_gradient
 from implicit_layers.implicit import fixed_point as fixed_point

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from implicit_layers.errors import DeviceError, DtypeError, NonFiniteError, ShapeError
+from implicit_layers.errors import ArgumentError, ArgumentTypeError, DeviceError, DtypeError, NonFiniteError, ShapeError
 
 
 def host_bool(flag: Tensor) -> bool:
@@ -20,6 +20,30 @@ def host_bool(flag: Tensor) -> bool:
 def host_int(count: Tensor) -> int:
     """Read one integer back from the device."""
     return int(count)
+
+
+def whole(name: str, value: object, least: int) -> None:
+    """`value` is an int (no bool), and at least `least`.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: name the setting.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ArgumentError(f"{name} must be at least {least}, got {value}")
+
+
+def positive(name: str, value: object) -> None:
+    """`value` is a positive, finite number.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: name the setting.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ArgumentError(f"{name} must be positive and finite, got {value}")
 
 
 def index_of(mask: Tensor) -> str:
@@ -45,6 +69,8 @@ def floating_tensors(**tensors: object) -> tuple[torch.dtype, torch.device]:
             raise DtypeError(
                 f"{name} must be a torch.Tensor, got {type(tensor).__name__}; convert it, e.g. torch.as_tensor({name})"
             )
+        if tensor.layout != torch.strided:
+            raise DtypeError(f"{name} must be dense, got {tensor.layout}; convert it: {name}.to_dense()")
         if tensor.is_complex():
             raise DtypeError(f"{name} must be real, got {tensor.dtype}; give its real and imaginary parts separately")
         if not tensor.is_floating_point():

@@ -24,6 +24,18 @@ class DtypeError(ImplicitLayersError, TypeError):
     """An argument is no tensor, no floating-point tensor, or of another dtype than the others."""
 
 
+class ArgumentError(ImplicitLayersError, ValueError):
+    """A setting is out of its range, or arguments contradict each other."""
+
+
+class ArgumentTypeError(ImplicitLayersError, TypeError):
+    """A setting is of the wrong type."""
+
+
+class UnsupportedError(ImplicitLayersError, NotImplementedError):
+    """What was asked for is not there yet."""
+
+
 class DeviceError(ImplicitLayersError, ValueError):
     """The arguments live on different devices."""
 

@@ -8,8 +8,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from implicit_layers import simplex, transforms
-from implicit_layers.errors import ShapeError
+from implicit_layers import checks, simplex, transforms
+from implicit_layers.errors import ArgumentTypeError, DtypeError, ShapeError
 from implicit_layers.qp import solve_qp
 from implicit_layers.solution import OnFailure, QPSolution, check_on_failure
 from implicit_layers.solvers.interior_point import InteriorPoint
@@ -66,11 +66,18 @@ class QPLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (("n", n), ("n_eq", n_eq), ("n_ineq", n_ineq)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise ArgumentTypeError(f"QPLayer: {name} must be an int, got {size!r}")
         if n < 1 or not 0 <= n_eq <= n or n_ineq < 0:
             raise ShapeError(f"QPLayer needs n >= 1, 0 <= n_eq <= n and n_ineq >= 0, got {n=}, {n_eq=}, {n_ineq=}")
-        if not epsilon > 0:
-            raise ValueError(f"epsilon must be positive, got {epsilon}")
+        checks.positive("epsilon", epsilon)
         check_on_failure(on_failure)
+        if not isinstance(solver, (InteriorPoint, type(None))):
+            raise ArgumentTypeError(f"QPLayer: solver must be an InteriorPoint, got {type(solver).__name__}")
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise DtypeError(f"QPLayer: dtype must be float32 or float64, got {dtype}; autocast may be used around it")
         self.n, self.n_eq, self.n_ineq = n, n_eq, n_ineq
         self.epsilon, self.solver, self.on_failure = epsilon, solver, on_failure
 
@@ -108,6 +115,7 @@ class QPLayer(nn.Module):
 
     def solve(self, p: Tensor) -> QPSolution:  # (*B, n)
         """Solve the program for the linear cost `p`, with duals, slack and how it went."""
+        checks.floating_tensors(p=p)
         if p.ndim < 1 or p.shape[-1] != self.n:
             raise ShapeError(f"QPLayer: the last axis of p must have size n = {self.n}, got shape {tuple(p.shape)}")
         return solve_qp(p=p, **self.program(), solver=self.solver, on_failure=self.on_failure)
@@ -148,8 +156,11 @@ class Softmax(nn.Module):
         method: simplex.SoftmaxMethod = "closed",
     ) -> None:
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        if isinstance(temperature, Tensor):
+            raise ArgumentTypeError("temperature must be a number; to learn it pass learn_temperature=True")
+        checks.positive("temperature", temperature)
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise ArgumentTypeError(f"dim must be an int, got {dim!r}")
         simplex.check_method(method)
         self.dim = dim
         self.method: simplex.SoftmaxMethod = method

@@ -21,10 +21,20 @@ from torch import Tensor
 
 from implicit_layers import checks, transforms
 from implicit_layers.eager import uncompiled
-from implicit_layers.errors import DegenerateGradientWarning, DtypeError, NotPositiveDefiniteError, ShapeError, warn
+from implicit_layers.errors import (
+    ArgumentTypeError,
+    DegenerateGradientWarning,
+    DeviceError,
+    DtypeError,
+    NotPositiveDefiniteError,
+    ShapeError,
+    UnsupportedError,
+    warn,
+)
 from implicit_layers.kkt import quadratic
-from implicit_layers.solution import OnFailure, QPSolution, SolveInfo, check_on_failure, report_failure
-from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT
+from implicit_layers.legacy_vmap import modernised
+from implicit_layers.solution import OnFailure, QPSolution, SolveInfo, Status, check_on_failure, report_failure
+from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT, Degeneracy
 from implicit_layers.solvers.interior_point import InteriorPoint
 
 
@@ -54,18 +64,18 @@ def solve_qp(
         lb, ub: bounds on z; not there yet: write them as rows of G.
         solver: an `InteriorPoint`; default `InteriorPoint()`.
         on_failure: "raise", or "warn" / "ignore": problems that fail keep their last iterate, get zero gradient and
-            are marked in `info`; their neighbours are untouched.
+            are marked in `info`; their neighbours are untouched. Data that are refused raise in any case.
         Leading dimensions *B broadcast. float32 data are solved in float64 inside.
 
     Returns:  QPSolution(z, nu, lam, s, info) with shapes (*B, n), (*B, n_eq), (*B, n_ineq), (*B, n_ineq), in the dtype
               and on the device of the data; s = h − Gz. `info` has one entry a problem.
     Gradient: of z, nu, lam, s with respect to Q, p, A, b, G, h: one batched solve with the transposed KKT matrix on the
               active rows, reusing the factors of the forward pass; any order, forward and reverse mode. Where a
-              constraint is weakly active (λ = s = 0), the one-sided derivative of the set at hand; where active rows
-              depend on each other, the minimum-norm element, with a `DegenerateGradientWarning`. A parameter shared
-              by the batch gets the sum of the gradients.
+              constraint is weakly active (λ = s = 0), the derivative to one side; where active rows depend on each
+              other, that of least norm; both with a `DegenerateGradientWarning` in the backward pass. A parameter
+              shared by the batch gets the sum of the gradients.
     Raises:   DtypeError, DeviceError, ShapeError, NonFiniteError: naming the argument (and index).
-              NotPositiveDefiniteError: naming the problem.  InfeasibleError: with a certificate checked numerically.
+              NotPositiveDefiniteError: naming the problem.  InfeasibleError: proven to working precision.
               ConvergenceError: the KKT residual stayed above `solver.tol`.
     Cost:     time O(n³ + n²m + k m³) a problem, m = n_eq + n_ineq, k ≈ 10 factorisations; one factorisation of Q for
               all problems that share it. Memory for backward O(n² + m² + n m), whatever the iterations.
@@ -79,16 +89,16 @@ def solve_qp(
     """
     check_on_failure(on_failure)
     if lb is not None or ub is not None:
-        raise NotImplementedError(
+        raise UnsupportedError(
             "solve_qp: lb and ub are not supported yet; write z <= ub as rows of G (the identity) with h = ub, and "
             "z >= lb as the negative identity with h = -lb"
         )
     solver = InteriorPoint() if solver is None else solver
     if not isinstance(solver, InteriorPoint):
-        raise TypeError(f"solve_qp: solver must be an InteriorPoint, got {type(solver).__name__}")
-    Q, p, A, b, G, h = _at_the_door(Q, p, A, b, G, h)
+        raise ArgumentTypeError(f"solve_qp: solver must be an InteriorPoint, got {type(solver).__name__}")
+    checked, (Q, p, A, b, G, h) = _at_the_door(Q, p, A, b, G, h)
     z, nu, lam, *_, status, converged, iterations, residual = _differentiable(
-        _Settings(solver, on_failure), Q, p, A, b, G, h
+        _Settings(solver, on_failure, checked), Q, p, A, b, G, h
     )
     s = h - quadratic.matvec(G, z)
     return QPSolution(z, nu, lam, s, SolveInfo(status, converged, iterations, residual))
@@ -96,16 +106,18 @@ def solve_qp(
 
 def _at_the_door(
     Q: Tensor, p: Tensor, A: Tensor | None, b: Tensor | None, G: Tensor | None, h: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Check everything that shapes and types can tell, and expand all arguments to one batch shape."""
+) -> tuple[bool, tuple[Tensor, ...]]:
+    """Check the arguments, their values too where they can be read, and expand all to one batch shape."""
     for (matrix_name, matrix), (vector_name, vector) in ((("A", A), ("b", b)), (("G", G), ("h", h))):
         if (matrix is None) != (vector is None):
             given, missing = (matrix_name, vector_name) if vector is None else (vector_name, matrix_name)
             raise ShapeError(f"solve_qp: {given} was given without {missing}; they come together")
-    given_tensors = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h}
-    tensors = {name: tensor for name, tensor in given_tensors.items() if tensor is not None}
+    optional = {"A": A, "b": b, "G": G, "h": h}
+    tensors = {"Q": Q, "p": p} | {name: tensor for name, tensor in optional.items() if tensor is not None}
     tensors = _without_autocast(tensors)
-    dtype, _ = checks.floating_tensors(**tensors)
+    dtype, device = checks.floating_tensors(**tensors)
+    if device.type == "meta":
+        raise DeviceError("solve_qp: the arguments are on the meta device, which holds no numbers to solve with")
     if dtype not in (torch.float32, torch.float64):
         raise DtypeError(f"solve_qp: Q is {dtype}, too coarse for a quadratic program; convert to float32 or float64")
     Q, p = tensors["Q"], tensors["p"]
@@ -127,9 +139,13 @@ def _at_the_door(
         rows += [matrix, vector]
     A, b, G, h = rows
     batch = checks.batch_shape(Q=(Q, 2), p=(p, 1), A=(A, 2), b=(b, 1), G=(G, 2), h=(h, 1))
+    checked = checks.readable(*tensors.values())
+    if checked:  # here, where an index is one of the caller's own tensor
+        checks.finite(**tensors)
     events = (2, 1, 2, 1, 2, 1)
     arguments = (Q, p, A, b, G, h)
-    return tuple(t.expand(*batch, *t.shape[t.ndim - k :]) for t, k in zip(arguments, events, strict=True))
+    expanded = (t.expand(*batch, *t.shape[t.ndim - k :]) for t, k in zip(arguments, events, strict=True))
+    return checked, tuple(expanded)
 
 
 def _without_autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,6 +166,7 @@ class _Settings(NamedTuple):
 
     solver: InteriorPoint
     on_failure: OnFailure
+    checked: bool  # whether the values of the arguments are known to be finite
 
 
 def _stack_rows(A: Tensor, G: Tensor) -> Tensor:
@@ -167,7 +184,8 @@ class _QP(torch.autograd.Function):
     def forward(
         settings: _Settings, Q: Tensor, p: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor
     ) -> tuple[Tensor, ...]:
-        checks.finite(Q=Q, p=p, A=A, b=b, G=G, h=h)
+        if not settings.checked:
+            checks.finite(Q=Q, p=p, A=A, b=b, G=G, h=h)
         batch, dtype = p.shape[:-1], p.dtype
         n, n_eq, m = p.shape[-1], b.shape[-1], b.shape[-1] + h.shape[-1]
         with transforms.full_precision(p.device):
@@ -185,8 +203,11 @@ class _QP(torch.autograd.Function):
             if dtype != torch.float64:  # judge what is returned, not what was rounded away
                 rounded = result.program.residual(z.double(), y.double())
                 residual = torch.maximum(residual, rounded).to(dtype)
-        status, converged, iterations, _ = (t.reshape(batch) for t in result.info)
-        info = SolveInfo(status, converged, iterations, residual.reshape(batch))
+        status, _, iterations, _ = result.info
+        representable = torch.isfinite(z).all(-1) & torch.isfinite(y).all(-1)
+        solved = int(Status.CONVERGED)
+        status = torch.where(representable | (status != solved), status, int(Status.NOT_CONVERGED)).to(torch.int8)
+        info = SolveInfo(*(t.reshape(batch) for t in (status, status == solved, iterations, residual)))
         report_failure(
             info, settings.on_failure, what="solve_qp", tol=settings.solver.tol, max_iter=settings.solver.max_iter
         )
@@ -211,15 +232,17 @@ class _QP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor, grad_nu: Tensor, grad_lam: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        Q, A, G, z, nu, lam, *factor, converged = ctx.saved_tensors
-        good = converged.unsqueeze(-1)
-        grads = (torch.where(good, grad, 0.0) for grad in (grad_z, grad_nu, grad_lam))
-        v_z, v_nu, v_lam = _KKTSolve.apply(*factor, Q, A, G, *grads)
-        needs = ctx.needs_input_grad
-        grad_Q, grad_A, grad_G = quadratic.parameter_gradients(
-            v_z, v_nu, v_lam, z, nu, lam, (needs[1], needs[3], needs[5])
-        )
-        return None, grad_Q, -v_z, grad_A, v_nu, grad_G, v_lam
+        needs = (ctx.needs_input_grad[1], ctx.needs_input_grad[3], ctx.needs_input_grad[5])
+
+        def work(*tensors: Tensor) -> list[Tensor | None]:
+            Q, A, G, z, nu, lam, *factor, converged, grad_z, grad_nu, grad_lam = tensors
+            good = converged.unsqueeze(-1)
+            rights = (torch.where(good, grad, 0.0) for grad in (grad_z, grad_nu, grad_lam))
+            v_z, v_nu, v_lam = _KKTSolve.apply(*factor, Q, A, G, *rights)
+            grad_Q, grad_A, grad_G = quadratic.parameter_gradients(v_z, v_nu, v_lam, z, nu, lam, needs)
+            return [grad_Q, -v_z, grad_A, v_nu, grad_G, v_lam]
+
+        return None, *modernised(work, (*ctx.saved_tensors, grad_z, grad_nu, grad_lam))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -268,14 +291,8 @@ class _KKTSolve(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         batch, dtype, n_eq = r_z.shape[:-1], r_z.dtype, r_nu.shape[-1]
         refine = REFINE
-        if checks.host_bool(degenerate.any()):
-            refine = REFINE_DEPENDENT
-            warn(
-                f"solve_qp: {int(degenerate.sum())} of {degenerate.numel()} problems (first: index "
-                f"{checks.index_of(degenerate)}) have active constraints that depend on each other, so their duals and "
-                "derivatives are not unique; the minimum-norm ones are used. Remove duplicated or redundant rows.",
-                DegenerateGradientWarning,
-            )
+        if checks.host_bool((degenerate != 0).any()):
+            refine = _warn_of_degeneracy(degenerate)
         with transforms.full_precision(r_z.device):
             blocks = (chol_q, chol_eq, across, chol_ineq, scale, active)
             factor = (quadratic.unexpand(t, k, batch) for t, k in zip(blocks, _FACTOR_NDIM, strict=True))
@@ -301,11 +318,15 @@ class _KKTSolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *factor, Q, A, G, u_z, u_nu, u_lam = ctx.saved_tensors
-        v_z, v_nu, v_lam = _KKTSolve.apply(*factor, Q, A, G, *grads)
         needs = ctx.needs_input_grad[_CONSTANTS : _CONSTANTS + 3]
-        matrices = quadratic.parameter_gradients(v_z, v_nu, v_lam, u_z, u_nu, u_lam, needs)
-        return (*(None for _ in range(_CONSTANTS)), *matrices, v_z, v_nu, v_lam)
+
+        def work(*tensors: Tensor) -> list[Tensor | None]:
+            *factor, Q, A, G, u_z, u_nu, u_lam, grad_z, grad_nu, grad_lam = tensors
+            v_z, v_nu, v_lam = _KKTSolve.apply(*factor, Q, A, G, grad_z, grad_nu, grad_lam)
+            matrices = quadratic.parameter_gradients(v_z, v_nu, v_lam, u_z, u_nu, u_lam, needs)
+            return [*matrices, v_z, v_nu, v_lam]
+
+        return (*(None for _ in range(_CONSTANTS)), *modernised(work, (*ctx.saved_tensors, *grads)))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -322,6 +343,31 @@ class _KKTSolve(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *tensors: Tensor) -> tuple[Any, Any]:
         return _KKTSolve.apply(*transforms.map_to_front(info.batch_size, in_dims, tensors)), (0, 0, 0)
+
+
+def _warn_of_degeneracy(degenerate: Tensor) -> int:
+    """Say which problems have no unique derivative; returns how many refinement steps their factors need."""
+    dependent = degenerate == int(Degeneracy.DEPENDENT)
+    weak = degenerate == int(Degeneracy.WEAK)
+    for where, what in (
+        (
+            dependent,
+            "active constraints that depend on each other, so that duals and derivatives are not unique; those of "
+            "least norm are used. Remove duplicated or redundant rows",
+        ),
+        (
+            weak,
+            "a constraint that is only just active (its dual and its slack are both zero), where the solution has a "
+            "kink; the derivative to one side is used",
+        ),
+    ):
+        if checks.host_bool(where.any()):
+            first = f" (first: index {checks.index_of(where)})" if where.ndim else ""
+            warn(
+                f"solve_qp: {int(where.sum())} of {where.numel()} problems{first} have {what}.",
+                DegenerateGradientWarning,
+            )
+    return REFINE_DEPENDENT if checks.host_bool(dependent.any()) else REFINE
 
 
 def _change_of_residual(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks, implicit
-from implicit_layers.errors import NonFiniteError, ShapeError
+from implicit_layers.errors import ArgumentError, ArgumentTypeError, NonFiniteError, ShapeError
 from implicit_layers.kkt import entropic
 
 SoftmaxMethod = Literal["closed", "newton", "kkt"]
@@ -86,12 +86,14 @@ def softmax(
 def check_method(method: str) -> None:
     """Refuse anything but the three methods."""
     if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        raise ArgumentError(f"method must be one of {METHODS}, got {method!r}")
 
 
 def _axis(x: Tensor, dim: int) -> int:
     """The axis counted from the end, so that broadcasting may add leading dimensions; checks shape and dtype."""
     checks.floating_tensors(x=x)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise ArgumentTypeError(f"dim must be an int, got {dim!r}")
     ndim = max(x.ndim, 1)
     if not -ndim <= dim < ndim:
         raise ShapeError(f"dim must be in [{-ndim}, {ndim - 1}] for x of shape {tuple(x.shape)}, got {dim}")
@@ -104,9 +106,11 @@ def _axis(x: Tensor, dim: int) -> int:
 def _temperature(x: Tensor, axis: int, temperature: Tensor | float) -> Tensor | float:
     """The temperature in the dtype of the computation; everything but the values of a tensor is checked."""
     if not isinstance(temperature, Tensor):
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+            raise ArgumentTypeError(f"temperature must be a number or a tensor, got {temperature!r}")
         tiny = torch.finfo(torch.float32 if x.dtype in _HALF else x.dtype).tiny
         if not temperature >= tiny:  # also catches NaN
-            raise ValueError(_bad_temperature(temperature, tiny, x.dtype))
+            raise ArgumentError(_bad_temperature(temperature, tiny, x.dtype))
         return temperature
     if x.dtype in _HALF and temperature.dtype == torch.float32:
         checks.floating_tensors(x=x.float(), temperature=temperature)
@@ -144,7 +148,7 @@ def _check_values(x: Tensor, axis: int, tau: Tensor | float) -> None:
         bad = ~(tau_tensor >= tiny)
         if bool(bad.any()):
             where = checks.index_of(bad)
-            raise ValueError(_bad_temperature(float(tau_tensor[bad][0]), tiny, tau_tensor.dtype, where))
+            raise ArgumentError(_bad_temperature(float(tau_tensor[bad][0]), tiny, tau_tensor.dtype, where))
     bad = x.isnan() | x.isposinf()
     if bool(bad.any()):
         raise NonFiniteError(
@@ -153,7 +157,7 @@ def _check_values(x: Tensor, axis: int, tau: Tensor | float) -> None:
         )
     bad = top.isneginf()
     place = f" at index {checks.index_of(bad)} (dim={axis} left out)" if bad.ndim else ""
-    raise ValueError(
+    raise ArgumentError(
         f"{int(bad.sum())} of {bad.numel()} problems have only -inf scores, first{place}: an empty simplex has no "
         "point. Leave at least one entry of each problem unmasked"
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.errors import (
+    ArgumentError,
     ConvergenceError,
     ConvergenceWarning,
     InfeasibleError,
@@ -90,7 +91,7 @@ _FAILURES: dict[Status, tuple[type[SolveError], str, str, str]] = {
 def check_on_failure(on_failure: str) -> None:
     """Refuse anything but the three policies."""
     if on_failure not in _POLICIES:
-        raise ValueError(f"on_failure must be one of {_POLICIES}, got {on_failure!r}")
+        raise ArgumentError(f"on_failure must be one of {_POLICIES}, got {on_failure!r}")
 
 
 def report_failure(info: SolveInfo, on_failure: OnFailure, *, what: str, tol: float, max_iter: int) -> None:

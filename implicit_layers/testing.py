@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from implicit_layers.errors import ArgumentError, ArgumentTypeError, DtypeError, ShapeError
+
 
 def kkt_certificate(
     Q: Tensor,
@@ -45,7 +47,21 @@ def kkt_certificate(
     tensor(0.3333, dtype=torch.float64)
     """
     if (A is not None and nu is None) or (G is not None and lam is None):
-        raise ValueError("kkt_certificate: a program with constraints needs their duals: nu for A, lam for G")
+        raise ArgumentError("kkt_certificate: a program with constraints needs their duals: nu for A, lam for G")
+    for name, rows, right, dual in (("A", A, b, nu), ("G", G, h, lam)):
+        if (rows is None) != (right is None) or (rows is None and dual is not None and dual.shape[-1]):
+            raise ArgumentError(
+                f"kkt_certificate: {name} comes with its right-hand side and its duals, or none of them does"
+            )
+        if rows is not None and right is not None and dual is not None:
+            sizes = {rows.shape[-2], right.shape[-1], dual.shape[-1]}
+            if rows.shape[-1] != z.shape[-1] or len(sizes) > 1:
+                raise ShapeError(
+                    f"kkt_certificate: {name} of shape {tuple(rows.shape)}, its right-hand side {tuple(right.shape)}, "
+                    f"its duals {tuple(dual.shape)} and z {tuple(z.shape)} do not fit"
+                )
+    if Q.shape[-2:] != (z.shape[-1], z.shape[-1]) or p.shape[-1] != z.shape[-1]:
+        raise ShapeError(f"kkt_certificate: Q {tuple(Q.shape)}, p {tuple(p.shape)} and z {tuple(z.shape)} do not fit")
     with torch.no_grad():
         Q, p, z = (tensor.detach().to(torch.float64) for tensor in (Q, p, z))
         curved = (0.5 * (Q + Q.mT) @ z.unsqueeze(-1)).squeeze(-1)
@@ -122,9 +138,13 @@ def random_qp(
     [(2, 4, 4), (2, 4), (2, 1, 4), (2, 1), (2, 3, 4), (2, 3), (2, 4), (2, 1), (2, 3)]
     """
     if not 0 <= n_eq <= n or n < 1 or n_ineq < 0:
-        raise ValueError(f"random_qp: need n >= 1, 0 <= n_eq <= n and n_ineq >= 0, got {n=}, {n_eq=}, {n_ineq=}")
+        raise ArgumentError(f"random_qp: need n >= 1, 0 <= n_eq <= n and n_ineq >= 0, got {n=}, {n_eq=}, {n_ineq=}")
     if not 0.0 <= active <= 1.0 or condition < 1.0:
-        raise ValueError(f"random_qp: need 0 <= active <= 1 and condition >= 1, got {active=}, {condition=}")
+        raise ArgumentError(f"random_qp: need 0 <= active <= 1 and condition >= 1, got {active=}, {condition=}")
+    if not dtype.is_floating_point:
+        raise DtypeError(f"random_qp: dtype must be a floating-point type, got {dtype}")
+    if not isinstance(batch, tuple):
+        raise ArgumentTypeError(f"random_qp: batch must be a tuple of sizes, got {batch!r}")
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -172,6 +192,8 @@ def check_gradients(
 
     >>> check_gradients(torch.sin, torch.tensor([0.3, 0.7]))
     """
+    if not theta:
+        raise ArgumentError("check_gradients: give at least one tensor at which to check")
     points = tuple(tensor.detach().clone().to(torch.float64).requires_grad_() for tensor in theta)
     gradcheck(
         function, points, atol=atol, rtol=rtol, check_forward_ad=forward_mode, check_batched_grad=True, fast_mode=False

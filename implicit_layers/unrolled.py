@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from implicit_layers import checks
-from implicit_layers.errors import NotPositiveDefiniteError, ShapeError
+from implicit_layers.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
 
 UnrollMode = Literal["full", "truncated", "checkpointed"]
 MODES = get_args(UnrollMode)
@@ -87,13 +87,13 @@ def unroll(
 def _check(steps: int, mode: str, last: int | None) -> None:
     """Refuse settings that mean nothing."""
     if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        raise ArgumentError(f"mode must be one of {MODES}, got {mode!r}")
     if steps < 0:
-        raise ValueError(f"steps must be 0 or more, got {steps}")
+        raise ArgumentError(f"steps must be 0 or more, got {steps}")
     if last is not None and mode != "truncated":
-        raise ValueError(f"last is for mode='truncated' only, got last={last} with mode={mode!r}; leave it out")
+        raise ArgumentError(f"last is for mode='truncated' only, got last={last} with mode={mode!r}; leave it out")
     if last is not None and not 0 <= last <= steps:
-        raise ValueError(f"last must be between 0 and steps = {steps}, got {last}")
+        raise ArgumentError(f"last must be between 0 and steps = {steps}, got {last}")
 
 
 def _run(step: Step, steps: int, z: Tensor, *theta: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def unrolled_softmax(
     tensor([0.2689, 0.7311])
     """
     if not 0.0 < rate <= 1.0:
-        raise ValueError(f"rate must be in (0, 1], got {rate}; it is the share of the way taken in one step")
+        raise ArgumentError(f"rate must be in (0, 1], got {rate}; it is the share of the way taken in one step")
     scores = x.movedim(dim, -1) / temperature if x.ndim else x / temperature
     log_y = unroll(partial(mirror_step, rate=rate), torch.zeros_like(scores), scores, steps=steps, mode=mode, last=last)
     return log_y.exp().movedim(-1, dim) if x.ndim else log_y.exp()
@@ -229,7 +229,7 @@ def unrolled_qp(
     """
     _check(steps, mode, last)
     if (A is None) != (b is None) or (G is None) != (h is None):
-        raise ValueError("A and b come together, and so do G and h; one of a pair is missing")
+        raise ArgumentError("A and b come together, and so do G and h; one of a pair is missing")
     given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h}
     checks.floating_tensors(**{name: tensor for name, tensor in given.items() if tensor is not None})
     Q_factor = _cholesky("Q", 0.5 * (Q + Q.mT))

@@ -445,7 +445,7 @@ def test_unknown_policy_and_solver() -> None:
 def one_infeasible() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Three programs; the middle one asks for z₀ ≤ −1 and z₀ ≥ 1."""
     Q = torch.eye(2, dtype=torch.float64)
-    p = torch.tensor([[1.0, 2.0], [3.0, 4.0], [-5.0, 6.0]], dtype=torch.float64)
+    p = torch.tensor([[1.5, 2.0], [3.0, 4.0], [-5.0, 6.0]], dtype=torch.float64)
     G = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     h = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
     return Q, p, G, h
@@ -535,3 +535,119 @@ def test_scaling_the_cost_leaves_z_and_scales_the_duals(seed: int, scale: float)
     once, scaled = solve(problem), il.solve_qp(Q * scale, p * scale, A=A, b=b, G=G, h=h)
     assert relative_error(scaled.z, once.z) < 1e-9
     assert relative_error(scaled.lam, once.lam * scale) < 1e-8
+
+
+# --- found by review ------------------------------------------------------------------------------------------------
+
+F64 = torch.float64
+
+
+def tensor(*values: object) -> Tensor:
+    return torch.tensor(values, dtype=F64)
+
+
+@pytest.mark.parametrize("large", [1e4, 1e9, 1e15])
+def test_an_unrelated_large_number_does_not_hide_a_contradiction(large: float) -> None:
+    """Feasibility is judged row by row."""
+    eye, zero = torch.eye(2, dtype=F64), torch.zeros(2, dtype=F64)
+    with pytest.raises(il.InfeasibleError):
+        il.solve_qp(eye, zero, G=tensor([1, 0], [-1, 0], [0, 1]), h=tensor(-1, 0, large))
+    with pytest.raises(il.InfeasibleError):
+        il.solve_qp(eye, zero, A=tensor([1, 1], [1, 1]), b=tensor(0, 1), G=tensor([0, 1]), h=tensor(large))
+
+
+def test_a_large_cost_does_not_hide_a_contradiction() -> None:
+    with pytest.raises(il.SolveError):
+        il.solve_qp(torch.eye(2, dtype=F64), tensor(1e9, 0), G=tensor([1, 0], [-1, 0]), h=tensor(-1, 0))
+
+
+@pytest.mark.parametrize("large", [1e4, 1e7, 1e10, 1e20])
+def test_an_inactive_row_may_be_as_far_away_as_it_likes(large: float) -> None:
+    problem = random_qp(20, 20, 5, batch=(30,), seed=0)
+    Q, p, A, b, G, h, z, _, _ = problem
+    row = torch.eye(20, dtype=F64)[:1].expand(30, 1, 20)
+    far = torch.full((30, 1), large, dtype=F64)
+    solution = il.solve_qp(Q, p, A=A, b=b, G=torch.cat([G, row], 1), h=torch.cat([h, far], 1))
+    assert relative_error(solution.z, z) < 1e-10
+    assert (solution.info.iterations - solve(problem).info.iterations).abs().max() <= 1
+
+
+def test_rows_that_touch_the_unconstrained_minimum() -> None:
+    """Their violation is nothing but rounding, which must not be taken for a violation."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        m, n = int(torch.randint(1, 9, (), generator=generator)), int(torch.randint(1, 5, (), generator=generator))
+        G = torch.randint(-3, 4, (m, n), generator=generator).double()
+        z = torch.randint(-6, 7, (n,), generator=generator).double()
+        L = torch.randint(-2, 3, (n, n), generator=generator).double()
+        Q = L @ L.mT + torch.eye(n, dtype=F64)
+        assert torch.allclose(il.solve_qp(Q, -(Q @ z), G=G, h=G @ z).z, z, atol=1e-10)
+    Q, p, *_ = random_qp(20, batch=(16,), seed=1)
+    z = il.solve_qp(Q, p).z
+    G = torch.randn(16, 50, 20, generator=generator, dtype=F64)
+    solution = il.solve_qp(Q, p, G=G, h=(G @ z.unsqueeze(-1)).squeeze(-1))
+    assert relative_error(solution.z, z) < 1e-10
+
+
+def test_a_solution_far_away_is_found() -> None:
+    eye, zero = torch.eye(2, dtype=F64), torch.zeros(2, dtype=F64)
+    z = il.solve_qp(eye, zero, A=tensor([1, 1e-7], [1, -1e-7]), b=tensor(0, 1)).z
+    assert torch.allclose(z, tensor(0.5, -5e6), rtol=1e-7)
+    z = il.solve_qp(eye, zero, G=tensor([1, -1e-7], [-1, -1e-7]), h=tensor(-0.5, -0.5)).z
+    assert abs(float(z[1]) - 5e6) < 5.0  # rows at an angle of 1e-7: the condition of the Schur complement is 1e14
+
+
+@pytest.mark.parametrize("angle", [1e-3, 1e-5, 1e-6])
+def test_active_rows_at_a_small_angle(angle: float) -> None:
+    G, h = tensor([1, 0], [1, angle]), torch.zeros(2, dtype=F64, requires_grad=True)
+    solution = il.solve_qp(torch.eye(2, dtype=F64), -(G.mT @ tensor(1, 0.7)), G=G, h=h)
+    assert torch.allclose(solution.lam, tensor(1, 0.7), atol=1e-7)
+    (gradient,) = torch.autograd.grad(solution.z[1], h)
+    assert torch.allclose(gradient, tensor(-1, 1) / angle, rtol=1e-6)
+
+
+def test_numbers_that_overflow_are_not_answers() -> None:
+    eye = torch.eye(2, dtype=F64)
+    for data in (
+        {"Q": eye, "p": tensor(1e308, 1e308), "G": eye * 1e200, "h": tensor(-1e300, -1e300)},
+        {"Q": torch.eye(2) * 1e-30, "p": torch.ones(2) * 1e20},
+        {"Q": torch.eye(2) * 1e30, "p": torch.zeros(2), "G": torch.eye(2) * 1e-10, "h": -torch.ones(2)},
+    ):
+        with pytest.raises(il.ConvergenceError):
+            il.solve_qp(**data)
+        solution = il.solve_qp(**data, on_failure="ignore")
+        assert not solution.info.converged and not solution.info.residual < 1e-8
+
+
+def test_batched_gradients_keep_their_graph() -> None:
+    Q = torch.diag(tensor(2, 4)).requires_grad_()
+    seconds = []
+    for vectorize in (True, False):
+        J = torch.autograd.functional.jacobian(
+            lambda Q: il.solve_qp(Q, tensor(-2, -8)).z, Q, vectorize=vectorize, create_graph=True
+        )
+        seconds.append(torch.autograd.grad(J.square().sum(), Q)[0])
+    assert torch.allclose(*seconds) and seconds[0].abs().max() > 0.1
+
+
+def test_a_kink_is_announced_in_the_backward_pass() -> None:
+    p = tensor(0.0, -1.0).requires_grad_()
+    solution = il.solve_qp(torch.eye(2, dtype=F64), p, G=-torch.eye(2, dtype=F64), h=torch.zeros(2, dtype=F64))
+    with pytest.warns(il.DegenerateGradientWarning, match="kink"):
+        torch.autograd.grad(solution.z.sum(), p)
+
+
+def test_the_index_in_a_message_is_one_of_the_callers_tensor() -> None:
+    G = torch.tensor([[math.nan, 0, 0]])
+    with pytest.raises(il.NonFiniteError, match=r"G\[0, 0\] is nan: 1 of 3"):
+        il.solve_qp(torch.eye(3).repeat(4, 1, 1), torch.zeros(4, 3), G=G, h=torch.ones(1))
+
+
+def test_arguments_that_are_no_dense_tensors() -> None:
+    eye = torch.eye(2, dtype=F64)
+    with pytest.raises(il.DtypeError, match="p must be a torch"):
+        il.solve_qp(eye, None)  # type: ignore[arg-type]
+    with pytest.raises(il.DtypeError, match=r"to_dense"):
+        il.solve_qp(eye.to_sparse(), tensor(1, 1))
+    with pytest.raises(il.DeviceError, match="meta"):
+        il.solve_qp(eye.to("meta"), tensor(1, 1).to("meta"))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
+from implicit_layers.errors import ArgumentError
 from implicit_layers.solution import Solution
 from implicit_layers.solvers.problem import Method, Rows, norm, outcome, relative, resolve_batch_dims, tolerance
 
@@ -44,7 +45,7 @@ class Anderson(Method):
 
     def __post_init__(self) -> None:
         if self.memory < 1 or not 0 < self.mixing <= 1:
-            raise ValueError(f"memory must be at least 1 and 0 < mixing ≤ 1, got {self.memory} and {self.mixing}")
+            raise ArgumentError(f"memory must be at least 1 and 0 < mixing ≤ 1, got {self.memory} and {self.mixing}")
 
     def __call__(self, step: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None) -> Solution:
         """See `fixed_point`."""

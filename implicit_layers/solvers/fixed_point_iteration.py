@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
+from implicit_layers.errors import ArgumentError
 from implicit_layers.solution import Solution
 from implicit_layers.solvers.problem import Method, Rows, norm, outcome, relative, resolve_batch_dims, tolerance
 
@@ -35,7 +36,7 @@ class FixedPointIteration(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping < 1:
-            raise ValueError(f"damping must be at least 0 and below 1, got {self.damping}")
+            raise ArgumentError(f"damping must be at least 0 and below 1, got {self.damping}")
 
     def __call__(self, step: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None) -> Solution:
         """See `fixed_point`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
+from implicit_layers.errors import ArgumentError
 from implicit_layers.jacobian import gradient
 from implicit_layers.solution import Solution
 from implicit_layers.solvers.lbfgs import confirmed, descend
@@ -40,9 +41,9 @@ class GradientDescent(Method):
 
     def __post_init__(self) -> None:
         if self.step is not None and not self.step > 0:
-            raise ValueError(f"step must be positive or None, got {self.step}")
+            raise ArgumentError(f"step must be positive or None, got {self.step}")
         if not 0 <= self.momentum < 1 or (self.step is None and self.momentum):
-            raise ValueError(f"momentum must be at least 0, below 1, and 0 without a fixed step, got {self.momentum}")
+            raise ArgumentError(f"momentum must be in [0, 1), and 0 without a fixed step, got {self.momentum}")
 
     def __call__(
         self, objective: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None

@@ -33,6 +33,7 @@ class _Phase(NamedTuple):
     """How far to follow the central path before trying the active set, and how."""
 
     measure: float  # duality measure to reach
+    tol: float  # relative residual to accept, where the solver's own is larger
     sign_tol: float  # on the signs of duals and slacks
     refine: int  # refinement steps of the active-set solve
     balanced: bool  # how the active rows are guessed
@@ -40,11 +41,11 @@ class _Phase(NamedTuple):
 
 
 _PHASES = (
-    _Phase(1e-3, 1e-14, 1, balanced=True, dependent=False),
-    _Phase(1e-6, 1e-14, 1, balanced=False, dependent=False),
-    _Phase(1e-9, 1e-13, 1, balanced=True, dependent=False),
-    _Phase(1e-12, 1e-12, 3, balanced=False, dependent=True),
-    _Phase(1e-15, 1e-10, 3, balanced=True, dependent=True),
+    _Phase(1e-3, 1e-12, 1e-14, 1, balanced=True, dependent=False),
+    _Phase(1e-6, 1e-12, 1e-14, 1, balanced=False, dependent=False),
+    _Phase(1e-9, 1e-12, 1e-13, 2, balanced=True, dependent=False),
+    _Phase(1e-12, 1e-11, 1e-12, 4, balanced=False, dependent=True),
+    _Phase(1e-15, 1.0, 1e-10, 4, balanced=True, dependent=True),
 )
 _TO_BOUNDARY = 0.995
 _SHORTEST = 1e-8  # a shorter step means that the iteration is stuck
@@ -72,7 +73,7 @@ class InteriorPoint:
         tol: largest relative KKT residual of an accepted answer; answers usually are at rounding, far below it.
         max_iter: cap on the interior-point iterations.
 
-    Raises: ValueError: tol or max_iter is not positive.
+    Raises: ArgumentError, ArgumentTypeError: tol or max_iter is not a positive number.
     Cost:   an iteration is one Cholesky factorisation of an (n_ineq, n_ineq) matrix a program and one host
             synchronisation.
     """
@@ -81,10 +82,8 @@ class InteriorPoint:
     max_iter: int = 60
 
     def __post_init__(self) -> None:
-        if not self.tol > 0:
-            raise ValueError(f"tol must be positive, got {self.tol}")
-        if self.max_iter < 1:
-            raise ValueError(f"max_iter must be at least 1, got {self.max_iter}")
+        checks.positive("tol", self.tol)
+        checks.whole("max_iter", self.max_iter, least=1)
 
     @torch.no_grad()
     def solve(self, chol_q: Tensor, Q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, batch: int) -> QPResult:
@@ -104,7 +103,7 @@ class InteriorPoint:
         """One solve; where the rows depend on each other, one more with a ridge."""
         index = torch.arange(answers.z.shape[0], device=answers.z.device)
         every = torch.ones_like(answers.y)
-        left = answers.settle(program, index, every, answers.y, tol=self.tol, sign_tol=0.0, rounds=1)
+        left = answers.settle(program, index, every, answers.y, tol=self.tol, sign_tol=0.0, refine=3, rounds=1)
         if left.numel():
             part, every = program.take(left), every[left]
             still = answers.settle_dependent(part, left, every, answers.y[left], tol=self.tol)
@@ -128,8 +127,9 @@ class InteriorPoint:
             path.advance(phase.measure, self.max_iter)
             answers.iterations[path.index] = path.iterations
             guess, duals = path.active(balanced=phase.balanced), path.duals()
+            tol = min(self.tol, phase.tol)
             left = answers.settle(
-                path.program, path.index, guess, duals, tol=self.tol, sign_tol=phase.sign_tol, refine=phase.refine
+                path.program, path.index, guess, duals, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine
             )
             guess, duals = guess[left], duals[left]
             path.keep(left)
@@ -165,10 +165,11 @@ class _CentralPath:
         self.unit = self.unit.expand(batch, -1)
         shifted = self.R.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        start = quadratic.cholesky_solve(torch.linalg.cholesky_ex(shifted)[0], -self.w)
+        near = self.w.clamp(max=1.0)  # a row far from its bound must not move the others
+        start = quadratic.cholesky_solve(torch.linalg.cholesky_ex(shifted)[0], -near)
         highest = start.amax(-1)
         margin = torch.where(highest > 0, highest, 1.0)[:, None]
-        self.s = (-start).clamp(min=0.0) + margin
+        self.s = (-start).clamp(min=0.0) + margin + (self.w - near)
         self.lam = start.clamp(min=0.0) + margin * (margin / self.s)  # rows far from their bound start centred
         ones = torch.ones(1, reduced.scale.shape[-1], dtype=self.R.dtype, device=self.R.device)
         self.equality = (torch.arange(ones.shape[-1], device=ones.device) < n_eq) * ones  # (1, m)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
+from implicit_layers.errors import ArgumentError
 from implicit_layers.jacobian import gradient, pullback
 from implicit_layers.solution import Solution
 from implicit_layers.solvers.line_search import Evaluate, rounding, wolfe_step
@@ -39,7 +40,7 @@ class LBFGS(Method):
 
     def __post_init__(self) -> None:
         if self.memory < 1:
-            raise ValueError(f"memory must be at least 1, got {self.memory}")
+            raise ArgumentError(f"memory must be at least 1, got {self.memory}")
 
     def __call__(
         self, objective: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_layers.errors import ShapeError
+from implicit_layers.errors import ArgumentTypeError, ShapeError
 from implicit_layers.solution import Solution, SolveInfo, Status
 
 FLOOR = 1e-10  # terms smaller than this count as this: a root at which every term vanishes can still be reached
@@ -31,13 +31,13 @@ class Method:
 
     def root(self, residual: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None) -> Solution:
         """Find z with residual(z, *theta) = 0."""
-        raise TypeError(f"{type(self).__name__} does not solve systems F(z) = 0; use Newton()")
+        raise ArgumentTypeError(f"{type(self).__name__} does not solve systems F(z) = 0; use Newton()")
 
     def fixed_point(
         self, step: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None
     ) -> Solution:
         """Find z with z = step(z, *theta)."""
-        raise TypeError(
+        raise ArgumentTypeError(
             f"{type(self).__name__} does not solve fixed points z = f(z); use Anderson(), FixedPointIteration() or "
             "Newton()"
         )
@@ -46,7 +46,7 @@ class Method:
         self, objective: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None
     ) -> Solution:
         """Find z at which objective(z, *theta), one value a problem, is least."""
-        raise TypeError(f"{type(self).__name__} does not minimise; use Newton(), LBFGS() or GradientDescent()")
+        raise ArgumentTypeError(f"{type(self).__name__} does not minimise; use Newton(), LBFGS() or GradientDescent()")
 
 
 def resolve_batch_dims(z: Tensor, batch_dims: int | None, name: str = "z0") -> int:

@@ -116,7 +116,7 @@ def _at_the_door(
     tensors = {"Q": Q, "p": p} | {name: tensor for name, tensor in optional.items() if tensor is not None}
     tensors = _without_autocast(tensors)
     dtype, device = checks.floating_tensors(**tensors)
-    if device.type == "meta":
+    if device.type == "meta" and type(Q) in (Tensor, torch.nn.Parameter):  # a subclass may hold numbers of its own
         raise DeviceError("solve_qp: the arguments are on the meta device, which holds no numbers to solve with")
     if dtype not in (torch.float32, torch.float64):
         raise DtypeError(f"solve_qp: Q is {dtype}, too coarse for a quadratic program; convert to float32 or float64")

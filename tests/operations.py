@@ -111,7 +111,7 @@ def _solve_qp(what: str, n: int, n_ineq: int, n_eq: int) -> Operation:
         make=make,
         call=call,
         events=tuple(QP_EVENTS[name] for name in names),
-        syncs=(9, 2, 1) if n_ineq else (6, 0, 1),
+        syncs=(13, 2, 1) if n_ineq else (6, 0, 1),
         iterations=lambda *tensors: solve(*tensors).info.iterations,
     )
 
@@ -258,5 +258,5 @@ OPERATIONS = (
         fake_cuda=True,
         syncs=(1, 0, 0),
     ),
-    _module("nn.QPLayer", _qp_layer, _qp_layer_state, 3, syncs=(9, 2, 1), iterations=_qp_layer_iterations),
+    _module("nn.QPLayer", _qp_layer, _qp_layer_state, 3, syncs=(13, 2, 1), iterations=_qp_layer_iterations),
 )

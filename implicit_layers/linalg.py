@@ -167,7 +167,11 @@ class Cholesky(LinearSolver):
             return torch.zeros_like(rhs)
         A = 0.5 * (A + A.mT)
         L, failed = torch.linalg.cholesky_ex(A)
-        bad = failed > 0
+        # a pivot that is nothing but rounding: singular, whatever sign it happened to get
+        diagonal = A.diagonal(dim1=-2, dim2=-1).abs()
+        pivot = L.diagonal(dim1=-2, dim2=-1) ** 2
+        rounding = 4 * operator.n * torch.finfo(A.dtype).eps * diagonal
+        bad = (failed > 0) | (pivot <= rounding).any(-1)
         if on_failure == "raise":
             refuse(
                 bad,

@@ -209,3 +209,17 @@ def test_the_jacobian_of_a_constant_and_of_something_linear():
     assert (Jacobian(lambda z: torch.ones(2, 3, dtype=F64), z).matvec(z) == 0).all()
     assert (Jacobian(lambda z: torch.ones(2, 3, dtype=F64), z).dense() == 0).all()
     assert torch.equal(Jacobian(lambda z: 3 * z, z).matvec(z), 3 * z)
+
+
+def test_cholesky_refuses_a_pivot_that_is_only_rounding() -> None:
+    """A singular Hessian may pass the factorisation by luck; its derivative is not unique all the same."""
+
+    def f(p: torch.Tensor) -> torch.Tensor:
+        return il.argmin(lambda z, p: (z.sum(-1) - p) ** 2, torch.zeros(2, dtype=torch.float64), p).value
+
+    one = torch.ones((), dtype=torch.float64)
+    with pytest.raises(il.NotPositiveDefiniteError):
+        torch.func.jvp(f, (one,), (one,))
+    p = one.clone().requires_grad_()
+    with pytest.raises(il.NotPositiveDefiniteError):
+        torch.autograd.grad(f(p).sum(), p)

@@ -423,3 +423,14 @@ def test_size_of_the_terms():
     for unit in (1e-8, 1.0, 1e8):
         size = Terms(rows, F, z, (A, unit * z)).size(unit * z, torch.zeros_like(z))
         assert (size > 0.5 * unit).all() and (size < 20 * unit).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_newton_finds_small_unknowns_beside_large_ones(dtype: torch.dtype) -> None:
+    """The residual as a whole is small long before the small unknown has its value."""
+    p = torch.tensor([1e-2, 1e4], dtype=dtype, requires_grad=True)
+    solution = il.root(lambda z, p: z * z - p, torch.ones(2, dtype=dtype), p)
+    (gradient,) = torch.autograd.grad(solution.value.sum(), p)
+    rtol = 1e-4 if dtype == torch.float32 else 1e-9
+    assert torch.allclose(solution.value, torch.tensor([0.1, 100.0], dtype=dtype), rtol=rtol)
+    assert torch.allclose(gradient, torch.tensor([5.0, 5e-3], dtype=dtype), rtol=rtol)

@@ -18,6 +18,7 @@ from implicit_layers.solvers.line_search import rounding
 from implicit_layers.solvers.problem import Method, Rows, Terms, norm, outcome, relative, resolve_batch_dims
 
 _HALVINGS = 40
+_SETTLING = 40
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ class Newton(Method):
             y, F, moved = _decrease(f, y, F, step, active, error <= good)
             stuck = stuck | (active & ~moved)
             iterations = iterations + (active & moved)
+        if self.tol is None:
+            y, more = _settle(f, terms, linear, y, solved | (error <= good), good)
+            iterations = iterations + more
         F = f(y)  # once more, all together: coupled problems do not pass one by one
         return outcome(rows, y, F, terms.size(y, F), solved, iterations, self.tol)
 
@@ -147,6 +151,36 @@ class Newton(Method):
             negative = torch.zeros_like(F[..., :1], dtype=torch.bool)
         uphill = ~((step * F).sum(-1, keepdim=True) < 0) | ~torch.isfinite(step).all(-1, keepdim=True)
         return torch.where(uphill, -F, step), ~(uphill | negative).squeeze(-1)
+
+
+def _settle(
+    f: Callable[[Tensor], Tensor], terms: Terms, linear: LinearSolver, y: Tensor, solved: Tensor, good: float
+) -> tuple[Tensor, Tensor]:
+    """Take full steps while they still move an unknown; also returns how many each problem took.
+
+    The residual of a problem is judged as a whole, so that an unknown much smaller than the others may be far from its
+    value when the problem counts as solved. Newton's step says so, in the unknown's own unit.
+    """
+    eps = float(torch.finfo(y.dtype).eps)
+    going, count = solved, torch.zeros(solved.shape, dtype=torch.int64, device=y.device)
+    before = torch.full(solved.shape, torch.inf, dtype=y.dtype, device=y.device)
+    for _ in range(_SETTLING):
+        F = f(y)
+        step = linear.solve(Jacobian(f, y), -F, on_failure="ignore")
+        largest = y.abs().amax(-1, keepdim=True) if y.shape[-1] else y
+        moving = (step.abs() > eps**0.5 * y.abs()) & (step.abs() > eps * largest)
+        length = norm(torch.where(moving, step, 0.0))
+        going = going & moving.any(-1) & (length <= 1.01 * before)  # steps that grow are rounding
+        before = length
+        trial = torch.where(going.unsqueeze(-1), y + step, y)
+        G = f(trial)
+        size = terms.size(trial, G)
+        going = going & (relative(G, size) <= good)  # false for NaN
+        if not checks.host_bool(going.any()):
+            break
+        y = torch.where(going.unsqueeze(-1), trial, y)
+        count = count + going
+    return y, count
 
 
 def _without(solution: Solution, rejected: Tensor) -> Solution:

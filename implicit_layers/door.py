@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
+from implicit_layers import checks
 from implicit_layers.errors import ArgumentTypeError, CapturedTensorError, DeviceError, DtypeError, ShapeError
 from implicit_layers.linalg import LinearSolver
 from implicit_layers.solution import OnFailure, check_on_failure
@@ -60,10 +61,11 @@ def enter(
     check_on_failure(on_failure)
     if not callable(function):
         raise ArgumentTypeError(f"{what}: {_NAMES[kind]} must be callable, got {type(function).__name__}")
+    checks.no_class(f"{what}: solver", solver, Method)
     if solver is not None and not callable(solver) and not isinstance(solver, Method):
         raise ArgumentTypeError(f"{what}: solver must be the package's or a callable, got {type(solver).__name__}")
-    if linear_solver is not None and not hasattr(linear_solver, "solve"):
-        raise ArgumentTypeError(f"{what}: linear_solver must have a method solve, e.g. Direct(), got {linear_solver!r}")
+    if linear_solver is not None:
+        checks.instance_with_solve(f"{what}: linear_solver", linear_solver)
     if not isinstance(z0, Tensor):
         raise DtypeError(f"{what}: {z_name} must be a torch.Tensor, got {type(z0).__name__}")
     if not z0.is_floating_point():

@@ -40,10 +40,13 @@ class GradientDescent(Method):
     max_iter: int = 10_000
 
     def __post_init__(self) -> None:
-        if self.step is not None and not self.step > 0:
-            raise ArgumentError(f"step must be positive or None, got {self.step}")
-        if not 0 <= self.momentum < 1 or (self.step is None and self.momentum):
-            raise ArgumentError(f"momentum must be in [0, 1), and 0 without a fixed step, got {self.momentum}")
+        if self.step is not None:
+            checks.positive("step", self.step)
+        if not 0 <= checks.number("momentum", self.momentum) < 1:
+            raise ArgumentError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.step is None and self.momentum:
+            raise ArgumentError(f"momentum must be 0 without a fixed step, got {self.momentum}; give step too")
+        checks.stopping(self.tol, self.max_iter)
 
     def __call__(
         self, objective: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None

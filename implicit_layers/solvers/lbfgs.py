@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
-from implicit_layers.errors import ArgumentError
 from implicit_layers.jacobian import gradient, pullback
 from implicit_layers.solution import Solution
 from implicit_layers.solvers.line_search import Evaluate, rounding, wolfe_step
@@ -39,8 +38,8 @@ class LBFGS(Method):
     max_iter: int = 1000
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ArgumentError(f"memory must be at least 1, got {self.memory}")
+        checks.whole("memory", self.memory, least=1)
+        checks.stopping(self.tol, self.max_iter)
 
     def __call__(
         self, objective: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None

@@ -1,0 +1,135 @@
+"""What the solvers refuse as settings, and what the errors of a failed solve say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import implicit_layers as il
+
+F64 = torch.float64
+
+METHODS = [il.Newton, il.FixedPointIteration, il.Anderson, il.GradientDescent, il.LBFGS]
+ITERATIVE = [*METHODS, il.ConjugateGradient, il.GMRES, il.Neumann]
+NO_NUMBER: list[Any] = ["1e-8", True, torch.tensor(1e-8), [1e-8]]
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_a_tolerance_is_positive_and_finite(solver: type):
+    for tol in (0, 0.0, -1e-8, math.nan, -math.inf):
+        with pytest.raises(il.ArgumentError, match="tol must be positive and finite"):
+            solver(tol=tol)
+    for tol in NO_NUMBER:
+        with pytest.raises(il.ArgumentTypeError, match="tol must be a number"):
+            solver(tol=tol)
+    assert solver(tol=None).tol is None
+    assert solver(tol=1).tol == 1
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_an_infinite_tolerance_is_for_the_truncated_series_alone(solver: type):
+    if solver is il.Neumann:
+        assert solver(tol=math.inf).tol == math.inf
+        return
+    with pytest.raises(il.ArgumentError, match="tol must be positive and finite, got inf"):
+        solver(tol=math.inf)
+
+
+@pytest.mark.parametrize(
+    ("solver", "setting"),
+    [*((s, "max_iter") for s in ITERATIVE), (il.Anderson, "memory"), (il.LBFGS, "memory"), (il.GMRES, "restart")],
+)
+def test_counts_are_whole_and_at_least_one(solver: type, setting: str):
+    for value in (0, -3):
+        with pytest.raises(il.ArgumentError, match=f"{setting} must be at least 1, got {value}"):
+            solver(**{setting: value})
+    for wrong in (10.0, "10", True, math.inf):
+        with pytest.raises(il.ArgumentTypeError, match=f"{setting} must be an int"):
+            solver(**{setting: wrong})
+    assert getattr(solver(**{setting: 1}), setting) == 1
+
+
+def test_the_products_of_a_krylov_method_may_go_uncapped():
+    assert il.ConjugateGradient(max_iter=None) == il.ConjugateGradient()
+    assert il.GMRES(max_iter=None) == il.GMRES()
+
+
+@pytest.mark.parametrize(
+    ("solver", "setting", "good", "bad"),
+    [
+        (il.FixedPointIteration, "damping", (0, 0.0, 0.99), (-0.1, 1, 1.0, math.nan, math.inf)),
+        (il.Anderson, "mixing", (1, 1e-3), (0, -0.5, 1.1, math.nan, math.inf)),
+        (il.GradientDescent, "step", (None, 1, 1e-3), (0, -1.0, math.nan, math.inf)),
+        (il.Neumann, "step", (1, 0.1, -1.0), (0.0, math.nan, math.inf, -math.inf)),
+        (il.LeastSquares, "rcond", (None, 0, 1e-3), (-1e-3, 1.0, math.nan, math.inf)),
+    ],
+)
+def test_further_settings_have_a_range(solver: type, setting: str, good: tuple[Any, ...], bad: tuple[float, ...]):
+    for value in good:
+        assert getattr(solver(**{setting: value}), setting) == value
+    for value in bad:
+        with pytest.raises(il.ArgumentError, match=f"^{setting} must be "):
+            solver(**{setting: value})
+    for wrong in NO_NUMBER:
+        with pytest.raises(il.ArgumentTypeError, match=f"^{setting} must be a number"):
+            solver(**{setting: wrong})
+
+
+def test_momentum_needs_a_fixed_step():
+    assert il.GradientDescent(step=0.1, momentum=0.9).momentum == 0.9
+    with pytest.raises(il.ArgumentError, match="momentum must be 0 without a fixed step"):
+        il.GradientDescent(momentum=0.9)
+    for momentum in (-0.1, 1.0, math.nan):
+        with pytest.raises(il.ArgumentError, match=r"^momentum must be "):
+            il.GradientDescent(step=0.1, momentum=momentum)
+
+
+def test_the_settings_of_anderson_are_refused_one_by_one():
+    with pytest.raises(il.ArgumentError) as caught:
+        il.Anderson(memory=0)
+    assert "mixing" not in str(caught.value)
+    with pytest.raises(il.ArgumentError) as caught:
+        il.Anderson(mixing=2.0)
+    assert "memory" not in str(caught.value)
+
+
+class OwnSolver:
+    """A linear solver of the user's."""
+
+    def solve(self, operator: Any, rhs: Tensor, *, on_failure: str = "raise") -> Tensor:
+        """Solve with the matrix."""
+        return il.Direct().solve(operator, rhs)
+
+
+def test_a_linear_solver_is_an_instance_with_a_method_solve():
+    def square(z: Tensor, t: Tensor) -> Tensor:
+        return z * z - t
+
+    t, one = torch.tensor([4.0], requires_grad=True), torch.ones(1)
+    uses: list[Callable[[Any], Any]] = [
+        lambda solver: il.Newton(linear_solver=solver),
+        lambda solver: il.root(square, one, t, linear_solver=solver),
+        lambda solver: il.attach_gradient(square, 2 * one, t, linear_solver=solver),
+        lambda solver: il.root_vjp(square, 2 * one, t, one, linear_solver=solver),
+    ]
+    for use in uses:
+        with pytest.raises(il.ArgumentTypeError, match=r"linear_solver is the class Direct; pass an instance: il\.Dir"):
+            use(il.Direct)
+        with pytest.raises(il.ArgumentTypeError, match=r"the class OwnSolver; pass an instance: OwnSolver\(\)"):
+            use(OwnSolver)
+        with pytest.raises(il.ArgumentTypeError, match="linear_solver must have a method solve"):
+            use("direct")
+        use(il.Direct())
+        use(OwnSolver())
+        use(None)
+
+
+@pytest.mark.parametrize("solver", METHODS)
+def test_a_solver_is_an_instance(solver: type):
+    with pytest.raises(il.ArgumentTypeError, match=rf"solver is .* {solver.__name__}; pass an instance: il\.\w+\(\)"):
+        il.fixed_point(torch.cos, torch.ones(1), solver=solver)

@@ -35,15 +35,13 @@ def whole(name: str, value: object, least: int) -> None:
 
 
 def number(name: str, value: object) -> float:
-    """`value` is an int or a float (no bool, no NaN), and returned.
+    """`value` is an int or a float (no bool), and returned.
 
     Raises:
-        ArgumentTypeError, ArgumentError: name the setting.
+        ArgumentTypeError: names the setting.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
-    if value != value:
-        raise ArgumentError(f"{name} must be a number, got {value}")
     return value
 
 
@@ -53,9 +51,7 @@ def positive(name: str, value: object) -> None:
     Raises:
         ArgumentTypeError, ArgumentError: name the setting.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value < float("inf"):
+    if not 0 < number(name, value) < float("inf"):
         raise ArgumentError(f"{name} must be positive and finite, got {value}")
 
 

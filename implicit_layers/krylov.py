@@ -207,9 +207,8 @@ class Neumann(LinearSolver):
     max_iter: int = 1000
 
     def __post_init__(self) -> None:
-        step = checks.number("step", self.step)
-        if step == 0 or abs(step) == float("inf"):  # a negative one suits a negative definite operator
-            raise ArgumentError(f"step must be finite and not 0, got {step}")
+        if not 0 < abs(checks.number("step", self.step)) < float("inf"):  # negative for a negative definite operator
+            raise ArgumentError(f"step must be finite and not 0, got {self.step}")
         checks.stopping(None if self.tol == float("inf") else self.tol, self.max_iter)
 
     def solve(self, operator: Operator, rhs: Tensor, *, on_failure: OnFailure = "raise") -> Tensor:

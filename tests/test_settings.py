@@ -133,3 +133,91 @@ def test_a_linear_solver_is_an_instance_with_a_method_solve():
 def test_a_solver_is_an_instance(solver: type):
     with pytest.raises(il.ArgumentTypeError, match=rf"solver is .* {solver.__name__}; pass an instance: il\.\w+\(\)"):
         il.fixed_point(torch.cos, torch.ones(1), solver=solver)
+
+
+def no_root(z: Tensor, t: Tensor) -> Tensor:
+    """z² + t = 0 has no root for t > 0, so that every solver fails."""
+    return z * z + t
+
+
+def message(solve: Callable[[], object], error: type[Exception] = il.ConvergenceError) -> str:
+    """What the error of a failing solve says."""
+    with pytest.raises(error) as caught:
+        solve()
+    return str(caught.value)
+
+
+COUPLED = "If the problems of the batch depend on each other, pass batch_dims=0."
+
+
+def test_problems_that_may_be_coupled_are_mentioned_where_there_are_several():
+    t = torch.ones(3, 2)
+    assert COUPLED in message(lambda: il.root(no_root, torch.ones(3, 2), t))
+    assert COUPLED in message(lambda: il.root(no_root, torch.ones(3, 2), t, batch_dims=2))
+    assert COUPLED in message(lambda: il.fixed_point(lambda z, t: z + z * z + t, torch.ones(3, 2), t))
+    for one in (
+        lambda: il.root(no_root, torch.ones(3, 2), t, batch_dims=0),
+        lambda: il.root(no_root, torch.ones(2), t[0]),
+        lambda: il.root(no_root, torch.ones(1, 2), t[:1]),
+        # a mapped axis numbers problems that do not depend on each other
+        lambda: torch.func.vmap(lambda t: il.root(no_root, torch.ones(2), t).value)(t),
+    ):
+        text = message(one)
+        assert "batch_dims" not in text
+        assert "Raise max_iter" in text
+    with pytest.warns(il.ConvergenceWarning, match="pass batch_dims=0"):
+        il.root(no_root, torch.ones(3, 2), t, on_failure="warn")
+
+
+def test_a_coupled_batch_is_solved_with_the_advice():
+    t = torch.linspace(1, 2, 4, dtype=F64).unsqueeze(-1)
+
+    def coupled(z: Tensor, t: Tensor) -> Tensor:
+        return z + 3 * z.roll(1, 0) + z**3 - t
+
+    assert COUPLED in message(lambda: il.root(coupled, torch.zeros_like(t), t))
+    z = il.root(coupled, torch.zeros_like(t), t, batch_dims=0).value
+    assert coupled(z, t).abs().max() < 1e-12
+
+
+def test_the_advice_for_a_solver_of_the_users_is_about_that_solver():
+    text = message(lambda: il.root(no_root, torch.ones(3, 2), torch.ones(3, 2), solver=lambda f, z, t: z + 1))
+    assert "Tighten your solver's tolerance, or use attach_gradient if you trust its answer." in text
+    assert "max_iter" not in text
+    assert "iterations" not in text
+    assert "tol 3.5e-04" in text  # √eps of float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver", "factor"),
+    [
+        ("root", il.Newton, 1),
+        ("fixed_point", il.Newton, 1),
+        ("fixed_point", il.Anderson, 1),
+        ("fixed_point", il.FixedPointIteration, 1),
+        ("argmin", il.Newton, 1),
+        ("argmin", il.LBFGS, 30),
+        ("argmin", il.GradientDescent, 30),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_the_tolerance_in_the_message_is_the_one_that_judged(kind: str, solver: type, factor: int, dtype: torch.dtype):
+    # from 5 no method is there after one step
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "root": lambda z, t: torch.exp(z) - t,
+        "fixed_point": lambda z, t: torch.cos(z) * t,
+        "argmin": lambda z, t: (torch.exp(z) - t * z).sum(-1),
+    }
+    start, t = torch.full((1,), 5.0, dtype=dtype), torch.tensor([0.9], dtype=dtype)
+
+    def solve(**settings: Any) -> il.Solution:
+        return getattr(il, kind)(functions[kind], start, t, solver=solver(max_iter=1, **settings))
+
+    default = factor * torch.finfo(dtype).eps ** (2 / 3)
+    text = message(solve)
+    assert f"tol {default:.1e}, 1 of 1 iterations" in text
+    assert "tol 1.2e-03, " in message(lambda: solve(tol=1.2e-3))
+    residual = float(text.split("residual ")[1].split(",")[0])
+    assert residual > default
+    # the same residual within the tolerance is a solution
+    assert solve(tol=1.01 * residual).info.converged

@@ -13,7 +13,7 @@ from implicit_layers import checks
 from implicit_layers.errors import ArgumentError
 from implicit_layers.jacobian import gradient
 from implicit_layers.solution import Solution
-from implicit_layers.solvers.lbfgs import confirmed, descend
+from implicit_layers.solvers.lbfgs import confirmed, descend, loosened
 from implicit_layers.solvers.problem import Method, Rows, Terms, norm, outcome, resolve_batch_dims
 
 
@@ -48,6 +48,10 @@ class GradientDescent(Method):
             raise ArgumentError(f"momentum must be 0 without a fixed step, got {self.momentum}; give step too")
         checks.stopping(self.tol, self.max_iter)
 
+    def accepted(self, dtype: torch.dtype) -> float:
+        """See `Method.accepted`."""
+        return loosened(self.tol, dtype)
+
     def __call__(
         self, objective: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None
     ) -> Solution:
@@ -80,5 +84,4 @@ class GradientDescent(Method):
                 g = g_of(y)
                 iterations = iterations + active
             g = g_of(y)
-            accepted = goal if self.tol is not None else 30 * goal
-            return outcome(rows, y, g, terms.size(y, g), solved, iterations, accepted)
+            return outcome(rows, y, g, terms.size(y, g), solved, iterations, self.accepted(z0.dtype))

@@ -221,3 +221,72 @@ def test_the_tolerance_in_the_message_is_the_one_that_judged(kind: str, solver: 
     assert residual > default
     # the same residual within the tolerance is a solution
     assert solve(tol=1.01 * residual).info.converged
+
+
+def with_numpy(z: Tensor, t: Tensor) -> Tensor:
+    """z³ − t, half of it outside PyTorch."""
+    return torch.from_numpy(z.detach().numpy() ** 3) - t
+
+
+def with_attached_numpy(z: Tensor, t: Tensor) -> Tensor:
+    """The same, where PyTorch itself objects."""
+    return torch.from_numpy(z.numpy() ** 3) - t
+
+
+@torch.no_grad()
+def without_grad(z: Tensor, t: Tensor) -> Tensor:
+    """The same in PyTorch, unrecorded."""
+    return z**3 - t
+
+
+@pytest.mark.parametrize("residual", [with_numpy, with_attached_numpy, without_grad])
+def test_a_residual_that_autograd_does_not_see_is_refused(residual: Callable[..., Tensor]):
+    t = torch.tensor([8.0], dtype=F64, requires_grad=True)
+    z = torch.full((1,), 2.0, dtype=F64)
+    for solve in (
+        lambda: il.root(residual, z, t),
+        lambda: il.root(residual, z, t.detach()),
+        lambda: il.root(residual, z, t, solver=lambda F, z, t: z),
+        lambda: il.attach_gradient(residual, z, t),
+        lambda: il.argmin(lambda z, t: residual(z, t).sum(-1), z, t),
+    ):
+        text = message(solve, il.ArgumentError)
+        assert "does not depend on z through PyTorch operations (was it detached, or computed with numpy?)" in text
+    # forward only, by a solver of the user's: nothing is differentiated
+    solution = il.root(residual, z, t.detach(), solver=lambda F, z, t: z)
+    assert solution.info.converged
+
+
+def test_a_residual_that_autograd_does_see_is_not_refused():
+    t = torch.tensor([8.0], dtype=F64, requires_grad=True)
+    z = torch.ones(1, dtype=F64)
+
+    def in_place(z: Tensor, t: Tensor) -> Tensor:
+        return z.clone().pow_(3).sub_(t)
+
+    class Cube(torch.autograd.Function):
+        """z³ by numpy, with its derivative."""
+
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:
+            """Leave PyTorch."""
+            ctx.save_for_backward(z)
+            return torch.from_numpy(z.detach().numpy() ** 3)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            """3z²."""
+            (z,) = ctx.saved_tensors
+            return 3 * z**2 * g
+
+    with torch.no_grad():
+        assert il.root(in_place, z, t).value.item() == pytest.approx(2)
+    with torch.inference_mode():
+        assert il.root(in_place, z.clone(), t.clone()).value.item() == pytest.approx(2)
+    (g,) = torch.autograd.grad(il.attach_gradient(lambda z, t: Cube.apply(z) - t, 2 * z, t), t)
+    assert g.item() == pytest.approx(1 / 12)
+    # a step may be constant, and a problem empty
+    (g,) = torch.autograd.grad(il.fixed_point(lambda z, t: 2 * t, z, t).value, t)
+    assert g.item() == 2
+    empty = torch.empty(0, 3, dtype=F64)
+    assert il.root(lambda z, t: torch.empty_like(z).detach(), empty, t).value.shape == (0, 3)

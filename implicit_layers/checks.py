@@ -34,16 +34,64 @@ def whole(name: str, value: object, least: int) -> None:
         raise ArgumentError(f"{name} must be at least {least}, got {value}")
 
 
+def number(name: str, value: object) -> float:
+    """`value` is an int or a float (no bool), and returned.
+
+    Raises:
+        ArgumentTypeError: names the setting.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
+    return value
+
+
 def positive(name: str, value: object) -> None:
     """`value` is a positive, finite number.
 
     Raises:
         ArgumentTypeError, ArgumentError: name the setting.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value < float("inf"):
+    if not 0 < number(name, value) < float("inf"):
         raise ArgumentError(f"{name} must be positive and finite, got {value}")
+
+
+def stopping(tol: object, max_iter: object) -> None:
+    """The settings that end an iteration: `tol` None or positive and finite, `max_iter` at least 1.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: name the setting.
+    """
+    if tol is not None:
+        positive("tol", tol)
+    whole("max_iter", max_iter, least=1)
+
+
+def instance_with_solve(name: str, solver: object) -> None:
+    """`solver` is a linear solver: not the class itself, and with a method `solve`.
+
+    Raises:
+        ArgumentTypeError: names the setting.
+    """
+    if isinstance(solver, type):
+        raise ArgumentTypeError(f"{name} is the class {solver.__name__}; pass an instance: {_constructor(solver)}")
+    if not callable(getattr(solver, "solve", None)):
+        raise ArgumentTypeError(f"{name} must have a method solve, e.g. il.Direct(), got {solver!r}")
+
+
+def no_class(name: str, value: object, base: type) -> None:
+    """`value` is not `base` or a class derived from it, which is callable and would be taken for a function.
+
+    Raises:
+        ArgumentTypeError: names the setting.
+    """
+    if isinstance(value, type) and issubclass(value, base):
+        raise ArgumentTypeError(f"{name} is the class {value.__name__}; pass an instance: {_constructor(value)}")
+
+
+def _constructor(cls: type) -> str:
+    """How an instance of a class is made, as a person would write it."""
+    prefix = "il." if cls.__module__.partition(".")[0] == "implicit_layers" else ""
+    return f"{prefix}{cls.__name__}()"
 
 
 def index_of(mask: Tensor) -> str:

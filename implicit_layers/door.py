@@ -11,7 +11,16 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
-from implicit_layers.errors import ArgumentTypeError, CapturedTensorError, DeviceError, DtypeError, ShapeError
+from implicit_layers import checks
+from implicit_layers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CapturedTensorError,
+    DeviceError,
+    DtypeError,
+    ShapeError,
+)
+from implicit_layers.jacobian import opaque, recordable, transform_active
 from implicit_layers.linalg import LinearSolver
 from implicit_layers.solution import OnFailure, check_on_failure
 from implicit_layers.solvers.problem import Method, resolve_batch_dims
@@ -51,19 +60,21 @@ def enter(
     batch_dims: int | None = None,
     z_name: str = "z0",
 ) -> Entrance:
-    """Check the arguments and evaluate the function once, on detached ones; no host synchronisation.
+    """Check the arguments and evaluate the function on detached ones, once or twice; no host synchronisation.
 
     Raises:
         ShapeError, DtypeError, DeviceError: an argument, or what the function returns, does not fit.
         CapturedTensorError: the function depends on a tensor that requires grad and is not among the arguments.
+        ArgumentError, ArgumentTypeError: a setting is not one, or a residual or objective is detached from z.
     """
     check_on_failure(on_failure)
     if not callable(function):
         raise ArgumentTypeError(f"{what}: {_NAMES[kind]} must be callable, got {type(function).__name__}")
+    checks.no_class(f"{what}: solver", solver, Method)
     if solver is not None and not callable(solver) and not isinstance(solver, Method):
         raise ArgumentTypeError(f"{what}: solver must be the package's or a callable, got {type(solver).__name__}")
-    if linear_solver is not None and not hasattr(linear_solver, "solve"):
-        raise ArgumentTypeError(f"{what}: linear_solver must have a method solve, e.g. Direct(), got {linear_solver!r}")
+    if linear_solver is not None:
+        checks.instance_with_solve(f"{what}: linear_solver", linear_solver)
     if not isinstance(z0, Tensor):
         raise DtypeError(f"{what}: {z_name} must be a torch.Tensor, got {type(z0).__name__}")
     if not z0.is_floating_point():
@@ -82,6 +93,9 @@ def enter(
             )
     _try_once(kind, structure, start, leaves, dims, what, z_name)
     method = solver if isinstance(solver, Method) else None
+    wanted = method is not None or (torch.is_grad_enabled() and any(x.requires_grad for x in leaves))
+    if wanted and kind != "fixed_point" and not transform_active():
+        _refuse_independent(structure, start, leaves, what, _NAMES[kind])
     external = None
     if solver is not None and method is None:
         by_hand = solver
@@ -123,6 +137,28 @@ def _try_once(
     if value.device != z0.device:
         raise DeviceError(f"{what}: {name}(z, *theta) is on {value.device} but {z_name} is on {z0.device}")
     _refuse_captured(value, wants_gradient, what, name)
+
+
+def _refuse_independent(structure: Structure, z0: Tensor, leaves: list[Tensor], what: str, name: str) -> None:
+    """The function depends on z as autograd sees it; one more evaluation, where dF/dz will be needed anyway.
+
+    A step of a fixed point may be constant, a residual or an objective may not: its Jacobian would be zero.
+    """
+    with opaque(z0.device), torch.enable_grad():
+        z, *plain = recordable(z0, *leaves)
+        z = z.requires_grad_().view_as(z)  # no leaf, which the function could not change in place
+        try:
+            attached = structure.first_call(z, *plain).requires_grad
+        except RuntimeError as error:
+            if "numpy()" not in str(error):  # PyTorch's own refusal to leave the graph
+                raise
+            attached = False
+    if not attached and z0.numel():
+        raise ArgumentError(
+            f"{what}: {name} does not depend on z through PyTorch operations (was it detached, or computed with "
+            "numpy?), so there is no derivative in z to solve with. Write it in PyTorch operations, or wrap what "
+            "cannot be in a torch.autograd.Function"
+        )
 
 
 def _unwrapped(x: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ def root(
         ConvergenceError: a problem did not converge.
         SingularAdjointError: in the backward pass: a linear system of the derivative has no (unique) solution.
         NonFiniteError: F is not finite at z0.
+        ArgumentError: F does not depend on z through PyTorch operations.
         ShapeError, DtypeError, DeviceError: an argument, or what F returns, does not fit.
     Cost:     the solver's; then one linear solve for each derivative. The memory kept is z and θ.
     Source:   Krantz & Parks (2013), The Implicit Function Theorem, Theorem 3.3.1.
@@ -151,7 +152,7 @@ def attach_gradient(
               result is the gradient of a Newton step from there, not of z; `check_ift` tells.
     Gradient: as `root`.
     Raises:   as `root`, but for ConvergenceError.
-    Cost:     one evaluation of F; in the backward pass one linear solve.
+    Cost:     two evaluations of F; in the backward pass one linear solve.
 
     >>> theta = torch.tensor([4.0], requires_grad=True)
     >>> z = attach_gradient(lambda z, theta: z * z - theta, theta.detach().sqrt(), theta)

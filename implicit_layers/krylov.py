@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
+from implicit_layers.errors import ArgumentError
 from implicit_layers.linalg import LinearSolver, Operator, refuse
 from implicit_layers.solution import OnFailure
 
@@ -56,6 +57,9 @@ class ConjugateGradient(LinearSolver):
 
     tol: float | None = None
     max_iter: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.stopping(self.tol, 1 if self.max_iter is None else self.max_iter)
 
     def solve(self, operator: Operator, rhs: Tensor, *, on_failure: OnFailure = "raise") -> Tensor:
         """See `LinearSolver.solve`."""
@@ -109,6 +113,10 @@ class GMRES(LinearSolver):
     tol: float | None = None
     max_iter: int | None = None
     restart: int = 50
+
+    def __post_init__(self) -> None:
+        checks.stopping(self.tol, 1 if self.max_iter is None else self.max_iter)
+        checks.whole("restart", self.restart, least=1)
 
     def solve(self, operator: Operator, rhs: Tensor, *, on_failure: OnFailure = "raise") -> Tensor:
         """See `LinearSolver.solve`."""
@@ -197,6 +205,11 @@ class Neumann(LinearSolver):
     step: float = 1.0
     tol: float | None = None
     max_iter: int = 1000
+
+    def __post_init__(self) -> None:
+        if not 0 < abs(checks.number("step", self.step)) < float("inf"):  # negative for a negative definite operator
+            raise ArgumentError(f"step must be finite and not 0, got {self.step}")
+        checks.stopping(None if self.tol == float("inf") else self.tol, self.max_iter)
 
     def solve(self, operator: Operator, rhs: Tensor, *, on_failure: OnFailure = "raise") -> Tensor:
         """See `LinearSolver.solve`."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
-from implicit_layers.errors import NotPositiveDefiniteError, ShapeError, SingularAdjointError
+from implicit_layers.errors import ArgumentError, NotPositiveDefiniteError, ShapeError, SingularAdjointError
 from implicit_layers.solution import OnFailure
 
 DENSE_LIMIT = 512  # unknowns a problem up to which the default forms the Jacobian
@@ -198,6 +198,10 @@ class LeastSquares(LinearSolver):
     """
 
     rcond: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rcond is not None and not 0 <= checks.number("rcond", self.rcond) < 1:
+            raise ArgumentError(f"rcond must be at least 0 and below 1, got {self.rcond}")
 
     def solve(self, operator: Operator, rhs: Tensor, *, on_failure: OnFailure = "raise") -> Tensor:
         """See `LinearSolver.solve`; a block that is not finite gives NaN."""

@@ -94,14 +94,25 @@ def check_on_failure(on_failure: str) -> None:
         raise ArgumentError(f"on_failure must be one of {_POLICIES}, got {on_failure!r}")
 
 
-def report_failure(info: SolveInfo, on_failure: OnFailure, *, what: str, tol: float, max_iter: int) -> None:
+def report_failure(
+    info: SolveInfo,
+    on_failure: OnFailure,
+    *,
+    what: str,
+    tol: float,
+    max_iter: int | None,
+    advice: str = "",
+    hint: str = "",
+) -> None:
     """Raise or warn when problems of the batch failed; costs one host synchronisation, none with "ignore".
 
     Args:
         info: the outcome, one entry a problem, not under a functional transform.
         on_failure: "raise", "warn" or "ignore".
         what: the operation, for the message.
-        tol, max_iter: the settings of the solver, for the message.
+        tol, max_iter: the settings of the solver, for the message; max_iter None: nobody counted its iterations.
+        advice: what to do about problems that did not converge, instead of the general advice.
+        hint: what else may be wrong with them, after the advice.
 
     Raises:
         ConvergenceError, InfeasibleError, UnboundedError, SingularAdjointError: the kind of the first failed problem.
@@ -111,17 +122,19 @@ def report_failure(info: SolveInfo, on_failure: OnFailure, *, what: str, tol: fl
     failed = (~info.converged).nonzero()
     first = tuple(failed[0].tolist())  # () where there is one problem and no batch
     status = Status(int(info.status[first]))
-    error, one, several, advice = _FAILURES[status]
+    error, one, several, general = _FAILURES[status]
+    if status == Status.NOT_CONVERGED:
+        general = f"{advice or general} {hint}".rstrip()
     alike = int((~info.converged & (info.status == status)).sum())
     otherwise = len(failed) - alike
     subject = f"{alike} of {info.converged.numel()} problems" if first else "the problem"
     index = str(first[0] if len(first) == 1 else first)
     where = "" if not first else f"index {index}, " if alike == 1 else f"first: index {index}, "
     also = f" {otherwise} more failed in another way." if otherwise else ""
+    count = "" if max_iter is None else f", {int(info.iterations[first])} of {max_iter} iterations"
     message = (
         f"{what}: {subject} {one if alike == 1 else several} "
-        f"({where}residual {float(info.residual[first]):.1e}, tol {tol:.1e}, "
-        f"{int(info.iterations[first])} of {max_iter} iterations).{also} {advice}"
+        f"({where}residual {float(info.residual[first]):.1e}, tol {tol:.1e}{count}).{also} {general}"
     )
     these = "the failed problems" if first else "it"
     if on_failure == "raise":

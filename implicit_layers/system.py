@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Literal
 
 import torch
@@ -26,6 +27,9 @@ from implicit_layers.solvers.problem import GIVEN_FLOOR, Method, Rows, Terms, ou
 Kind = Literal["root", "fixed_point", "argmin"]
 Dims = tuple[int | None, ...]
 External = Callable[[Tensor, Sequence[Tensor]], Tensor]  # a solver of the user's: (z0, leaves) -> z
+
+_COUPLED = "If the problems of the batch depend on each other, pass batch_dims=0."
+_NOT_OURS = "Tighten your solver's tolerance, or use attach_gradient if you trust its answer."
 
 
 @dataclass(frozen=True)
@@ -97,18 +101,24 @@ class System:
             solution: Solution = getattr(self.solver, self.kind)(
                 self.mapped_function, z0, *leaves, batch_dims=self.batch_dims
             )
-            tol, max_iter = self.solver.tol, self.solver.max_iter
+            report_failure(
+                solution.info,
+                self.on_failure,
+                what=self.what,
+                tol=self.solver.accepted(z0.dtype),
+                max_iter=self.solver.max_iter,
+                hint=_COUPLED if prod(rows.batch[len(self.maps) :]) > 1 else "",
+            )
         else:
             z = self._run_external(self.maps, z0, leaves)
-            tol, max_iter = float(torch.finfo(z0.dtype).eps ** 0.5), 0
+            tol = float(torch.finfo(z0.dtype).eps ** 0.5)
             y = rows.flat(z)
             F = rows.residual(self.residual, tuple(leaves))(y)
             size = Terms(rows, self.residual, z0, tuple(leaves)).size(y, F)
             solved = relative(F, size, GIVEN_FLOOR) <= tol
             zero = torch.zeros(rows.batch, dtype=torch.int64, device=z0.device)
             solution = outcome(rows, y, F, size.clamp_min(GIVEN_FLOOR), solved, zero, tol)
-        shown = tol if tol is not None else float(torch.finfo(z0.dtype).eps ** 0.75)
-        report_failure(solution.info, self.on_failure, what=self.what, tol=shown, max_iter=max_iter)
+            report_failure(solution.info, self.on_failure, what=self.what, tol=tol, max_iter=None, advice=_NOT_OURS)
         return solution
 
     def _check_start(self, z0: Tensor, leaves: Sequence[Tensor]) -> None:

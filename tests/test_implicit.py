@@ -270,7 +270,7 @@ def test_saved_memory_does_not_grow_with_the_iterations():
             lambda z, b: ((z - b) ** 2).sum(-1),
             torch.zeros_like(b),
             b,
-            solver=il.GradientDescent(step=1e-3, tol=0.0, max_iter=iterations),
+            solver=il.GradientDescent(step=1e-3, tol=1e-300, max_iter=iterations),
             on_failure="ignore",
         ).value
 

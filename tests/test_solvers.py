@@ -235,7 +235,7 @@ def test_a_root_at_zero_among_terms_of_size_one(solver: Method):
 def test_newton_is_quadratic():
     errors = []
     for k in range(1, 6):
-        z = il.Newton(max_iter=k, tol=0.0).root(lambda z: z * z - 2, torch.tensor([1.0], dtype=F64)).value
+        z = il.Newton(max_iter=k, tol=1e-300).root(lambda z: z * z - 2, torch.tensor([1.0], dtype=F64)).value
         errors.append(abs(z.item() - 2**0.5))
     for before, after in itertools.pairwise(errors[:-1]):
         assert after < before**2
@@ -269,7 +269,7 @@ def test_newton_accepts_no_saddle_and_no_maximum(start: list[float]):
 
 
 def test_newton_says_so_when_it_stays_at_a_saddle():
-    solution = il.Newton(max_iter=0).argmin(lambda z: (z**4 - z**2).sum(-1), torch.zeros(2, dtype=F64))
+    solution = il.Newton(max_iter=1).argmin(lambda z: (z**4 - z**2).sum(-1), torch.zeros(2, dtype=F64))
     assert not solution.info.converged
 
 

@@ -44,8 +44,10 @@ class Anderson(Method):
     max_iter: int = 500
 
     def __post_init__(self) -> None:
-        if self.memory < 1 or not 0 < self.mixing <= 1:
-            raise ArgumentError(f"memory must be at least 1 and 0 < mixing ≤ 1, got {self.memory} and {self.mixing}")
+        checks.whole("memory", self.memory, least=1)
+        if not 0 < checks.number("mixing", self.mixing) <= 1:
+            raise ArgumentError(f"mixing must be above 0 and at most 1, got {self.mixing}")
+        checks.stopping(self.tol, self.max_iter)
 
     def __call__(self, step: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None) -> Solution:
         """See `fixed_point`."""

@@ -35,8 +35,9 @@ class FixedPointIteration(Method):
     max_iter: int = 1000
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping < 1:
+        if not 0 <= checks.number("damping", self.damping) < 1:
             raise ArgumentError(f"damping must be at least 0 and below 1, got {self.damping}")
+        checks.stopping(self.tol, self.max_iter)
 
     def __call__(self, step: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None) -> Solution:
         """See `fixed_point`."""

@@ -13,7 +13,7 @@ from implicit_layers import checks
 from implicit_layers.errors import ArgumentError
 from implicit_layers.jacobian import gradient
 from implicit_layers.solution import Solution
-from implicit_layers.solvers.lbfgs import confirmed, descend
+from implicit_layers.solvers.lbfgs import confirmed, descend, loosened
 from implicit_layers.solvers.problem import Method, Rows, Terms, norm, outcome, resolve_batch_dims
 
 
@@ -40,10 +40,17 @@ class GradientDescent(Method):
     max_iter: int = 10_000
 
     def __post_init__(self) -> None:
-        if self.step is not None and not self.step > 0:
-            raise ArgumentError(f"step must be positive or None, got {self.step}")
-        if not 0 <= self.momentum < 1 or (self.step is None and self.momentum):
-            raise ArgumentError(f"momentum must be in [0, 1), and 0 without a fixed step, got {self.momentum}")
+        if self.step is not None:
+            checks.positive("step", self.step)
+        if not 0 <= checks.number("momentum", self.momentum) < 1:
+            raise ArgumentError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.step is None and self.momentum:
+            raise ArgumentError(f"momentum must be 0 without a fixed step, got {self.momentum}; give step too")
+        checks.stopping(self.tol, self.max_iter)
+
+    def accepted(self, dtype: torch.dtype) -> float:
+        """See `Method.accepted`."""
+        return loosened(self.tol, dtype)
 
     def __call__(
         self, objective: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None
@@ -77,5 +84,4 @@ class GradientDescent(Method):
                 g = g_of(y)
                 iterations = iterations + active
             g = g_of(y)
-            accepted = goal if self.tol is not None else 30 * goal
-            return outcome(rows, y, g, terms.size(y, g), solved, iterations, accepted)
+            return outcome(rows, y, g, terms.size(y, g), solved, iterations, self.accepted(z0.dtype))

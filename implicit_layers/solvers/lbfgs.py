@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
-from implicit_layers.errors import ArgumentError
 from implicit_layers.jacobian import gradient, pullback
 from implicit_layers.solution import Solution
 from implicit_layers.solvers.line_search import Evaluate, rounding, wolfe_step
@@ -39,8 +38,12 @@ class LBFGS(Method):
     max_iter: int = 1000
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ArgumentError(f"memory must be at least 1, got {self.memory}")
+        checks.whole("memory", self.memory, least=1)
+        checks.stopping(self.tol, self.max_iter)
+
+    def accepted(self, dtype: torch.dtype) -> float:
+        """See `Method.accepted`."""
+        return loosened(self.tol, dtype)
 
     def __call__(
         self, objective: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None
@@ -110,7 +113,12 @@ def descend(
             scale = torch.where(lost, 1.0, scale)
             iterations = iterations + (active & moved)
         g = g_of(y)
-        return outcome(rows, y, g, terms.size(y, g), solved, iterations, goal if tol is not None else 30 * goal)
+        return outcome(rows, y, g, terms.size(y, g), solved, iterations, loosened(tol, z0.dtype))
+
+
+def loosened(tol: float | None, dtype: torch.dtype) -> float:
+    """The residual that still counts as solved: the default goal is next to what rounding lets a search reach."""
+    return 30 * float(torch.finfo(dtype).eps ** (2 / 3)) if tol is None else tol
 
 
 def confirmed(terms: Terms, y: Tensor, g: Tensor, size: Tensor, solved: Tensor, goal: float) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,11 @@ class Newton(Method):
     max_iter: int = 100
     linear_solver: LinearSolver | None = None
 
+    def __post_init__(self) -> None:
+        checks.stopping(self.tol, self.max_iter)
+        if self.linear_solver is not None:
+            checks.instance_with_solve("linear_solver", self.linear_solver)
+
     def __call__(
         self, residual: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None
     ) -> Solution:

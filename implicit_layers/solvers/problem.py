@@ -29,6 +29,10 @@ class Method:
     tol: float | None
     max_iter: int
 
+    def accepted(self, dtype: torch.dtype) -> float:
+        """The largest relative residual of a problem that counts as solved; None of `tol` means eps^(2/3)."""
+        return float(torch.finfo(dtype).eps ** (2 / 3)) if self.tol is None else self.tol
+
     def root(self, residual: Callable[..., Tensor], z0: Tensor, *theta: Any, batch_dims: int | None = None) -> Solution:
         """Find z with residual(z, *theta) = 0."""
         raise ArgumentTypeError(f"{type(self).__name__} does not solve systems F(z) = 0; use Newton()")

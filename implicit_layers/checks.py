@@ -22,15 +22,24 @@ def host_int(count: Tensor) -> int:
     return int(count)
 
 
+def integer(name: str, value: object) -> int:
+    """`value` is an int (no bool), and returned as one.
+
+    Raises:
+        ArgumentTypeError: names the setting.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} must be an int, got {value!r}")
+    return value
+
+
 def whole(name: str, value: object, least: int) -> None:
     """`value` is an int (no bool), and at least `least`.
 
     Raises:
         ArgumentTypeError, ArgumentError: name the setting.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
+    if integer(name, value) < least:
         raise ArgumentError(f"{name} must be at least {least}, got {value}")
 
 

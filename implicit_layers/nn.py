@@ -67,8 +67,7 @@ class QPLayer(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("n", n), ("n_eq", n_eq), ("n_ineq", n_ineq)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise ArgumentTypeError(f"QPLayer: {name} must be an int, got {size!r}")
+            checks.integer(f"QPLayer: {name}", size)
         if n < 1 or not 0 <= n_eq <= n or n_ineq < 0:
             raise ShapeError(f"QPLayer needs n >= 1, 0 <= n_eq <= n and n_ineq >= 0, got {n=}, {n_eq=}, {n_ineq=}")
         checks.positive("epsilon", epsilon)
@@ -159,8 +158,7 @@ class Softmax(nn.Module):
         if isinstance(temperature, Tensor):
             raise ArgumentTypeError("temperature must be a number; to learn it pass learn_temperature=True")
         checks.positive("temperature", temperature)
-        if isinstance(dim, bool) or not isinstance(dim, int):
-            raise ArgumentTypeError(f"dim must be an int, got {dim!r}")
+        checks.integer("dim", dim)
         simplex.check_method(method)
         self.dim = dim
         self.method: simplex.SoftmaxMethod = method

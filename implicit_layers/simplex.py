@@ -92,8 +92,7 @@ def check_method(method: str) -> None:
 def _axis(x: Tensor, dim: int) -> int:
     """The axis counted from the end, so that broadcasting may add leading dimensions; checks shape and dtype."""
     checks.floating_tensors(x=x)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise ArgumentTypeError(f"dim must be an int, got {dim!r}")
+    checks.integer("dim", dim)
     ndim = max(x.ndim, 1)
     if not -ndim <= dim < ndim:
         raise ShapeError(f"dim must be in [{-ndim}, {ndim - 1}] for x of shape {tuple(x.shape)}, got {dim}")

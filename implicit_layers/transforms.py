@@ -34,10 +34,3 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
 def primals(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Strip the tangents of the level at hand from saved tensors; those of outer levels stay."""
     return tuple(forward_ad.unpack_dual(tensor, level=0).primal for tensor in tensors)
-
-
-def is_transformed(*tensors: Tensor) -> bool:
-    """Tell whether a functional transform or the compiler is at work, so that values cannot be read."""
-    if torch.compiler.is_compiling():
-        return True
-    return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)

@@ -44,6 +44,11 @@ class Program(NamedTuple):
         Q, p, E, f, n_eq, reduced = self
         return Program(pick(Q), pick(p), pick(E), pick(f), n_eq, quadratic.Reduced(*map(pick, reduced)))
 
+    def minimum(self, y: Tensor) -> Tensor:  # (k, m) -> (k, n)
+        """Minimise the Lagrangian for given duals: z = −Q⁻¹(p + Eᵀy)."""
+        pulled = quadratic.transposed_matvec(self.E, y)
+        return self.reduced.free - quadratic.cholesky_solve(self.reduced.chol_q, pulled)
+
     def residual(self, z: Tensor, y: Tensor) -> Tensor:  # (k, n), (k, m) -> (k,)
         """Measure the relative KKT residual at a point."""
         return Image.of(self, z, y).residual(self, y)
@@ -99,7 +104,7 @@ def solve_on(
         factor, independent = quadratic.factorise(reduced, active)
         dual = quadratic.schur_solve(factor, reduced.violation)
     y = reduced.scale * dual
-    z = reduced.free - quadratic.cholesky_solve(reduced.chol_q, quadratic.transposed_matvec(E, y))
+    z = program.minimum(y)
     image = Image.of(program, z, y)
     for _ in range(refine):
         step_z, step_y = quadratic.solve_once(factor, E, -image.gradient, active * (f - image.rows))
@@ -200,9 +205,7 @@ class Answers:
         """End with the programs that no active set settles: proven infeasible, good enough as they are, or failed."""
         point = solve_on(program, active, y, tol=tol, sign_tol=torch.inf, refine=REFINE_DEPENDENT, ridge=True)
         infeasible = _contradict(program, y)
-        z = program.reduced.free - quadratic.cholesky_solve(
-            program.reduced.chol_q, quadratic.transposed_matvec(program.E, y)
-        )
+        z = program.minimum(y)
         residual = program.residual(z, y)
         better = residual < point.residual
         point = point._replace(

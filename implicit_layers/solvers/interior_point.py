@@ -116,11 +116,10 @@ class InteriorPoint:
         path = _CentralPath(program, answers.z.shape[0])
         inside = (path.w >= 0.0).all(-1).nonzero().squeeze(-1)  # no inequality is violated without inequalities
         if inside.numel():
-            only_equalities = path.active(balanced=True)[inside] * path.equality
+            equalities = path.equality.expand(inside.shape[0], -1)
             part = program.take(inside)
-            left = answers.settle(part, inside, only_equalities, only_equalities, tol=self.tol, sign_tol=1e-12)
+            left = answers.settle(part, inside, equalities, equalities, tol=self.tol, sign_tol=1e-12)
             path.keep(_without(path.index, inside, left))
-        guess, duals = path.active(balanced=True), path.duals()
         for phase in _PHASES:
             if not path.index.numel():
                 return
@@ -171,8 +170,7 @@ class _CentralPath:
         margin = torch.where(highest > 0, highest, 1.0)[:, None]
         self.s = (-start).clamp(min=0.0) + margin + (self.w - near)
         self.lam = start.clamp(min=0.0) + margin * (margin / self.s)  # rows far from their bound start centred
-        ones = torch.ones(1, reduced.scale.shape[-1], dtype=self.R.dtype, device=self.R.device)
-        self.equality = (torch.arange(ones.shape[-1], device=ones.device) < n_eq) * ones  # (1, m)
+        self.equality = torch.cat([self.R.new_ones(1, n_eq), self.R.new_zeros(1, self.R.shape[-1])], dim=-1)  # (1, m)
         self.iterations = torch.zeros(batch, dtype=torch.int64, device=self.R.device)
         self.stuck = torch.zeros(batch, dtype=torch.bool, device=self.R.device)
 
@@ -193,7 +191,7 @@ class _CentralPath:
         dual_scale = self.lam.amax(-1, keepdim=True).clamp(min=floor)
         slack_scale = self.s.clamp(max=1.0).amax(-1, keepdim=True).clamp(min=floor)
         guess = (self.lam * slack_scale > self.s * dual_scale).to(self.lam.dtype)
-        return torch.cat([torch.ones_like(guess[:, :1]).expand(-1, self.program.n_eq), guess], dim=-1)
+        return torch.cat([guess.new_ones(guess.shape[0], self.program.n_eq), guess], dim=-1)
 
     def duals(self) -> Tensor:  # (k, m)
         """Give the duals of all rows, unscaled: ν from the equality rows for the λ at hand."""
@@ -235,9 +233,8 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take one predictor–corrector step where `running`; also returns where the step was long enough to go on."""
     ratio = s / lam
-    matrix = R + torch.diag_embed(ratio) if R.shape[0] != lam.shape[0] else R.clone()
-    if R.shape[0] == lam.shape[0]:
-        matrix.diagonal(dim1=-2, dim2=-1).add_(ratio)
+    matrix = R.expand(lam.shape[0], -1, -1).clone()
+    matrix.diagonal(dim1=-2, dim2=-1).add_(ratio)
     chol, info = torch.linalg.cholesky_ex(matrix)
     right = -s - infeasibility
     d_lam = quadratic.cholesky_solve(chol, right)

@@ -118,7 +118,7 @@ PUBLIC = {name: value for name, value in PUBLIC.items() if not inspect.ismodule(
 MODULES = {
     f"il.nn.{name}": value
     for name, value in vars(importlib.import_module("implicit_layers.nn")).items()
-    if inspect.isclass(value) and value.__module__ == "implicit_layers.nn" and not name.startswith("_")
+    if inspect.isclass(value) and value.__module__.startswith("implicit_layers.nn.") and not name.startswith("_")
 }
 
 

@@ -14,6 +14,7 @@ Forward mode solves the first system, reverse mode the second, and derivatives o
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from implicit_layers.errors import (
     warn,
 )
 from implicit_layers.kkt import quadratic
+from implicit_layers.kkt.program import Data, relative_residual
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.solution import OnFailure, QPSolution, SolveInfo, Status, check_on_failure, report_failure
 from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT, Degeneracy
@@ -196,12 +198,14 @@ class _QP(torch.autograd.Function):
             flat[0] = quadratic.symmetric(flat[0])
             E = _stack_rows(flat[2], flat[4])
             f = _stack_rows(flat[3].unsqueeze(-1), flat[5].unsqueeze(-1)).squeeze(-1)
-            chol_q = _cholesky(flat[0], batch)
-            result = settings.solver.solve(chol_q, flat[0], flat[1], E, f, n_eq, batch.numel())
+            _cholesky(flat[0], batch)
+            data = Data(flat[0], flat[1], E, f, None, None, n_eq)
+            solver = dataclasses.replace(settings.solver, form="dual", check_every=1)
+            result = solver.solve(data, batch.numel())
             z, y = result.z.to(dtype), result.y.to(dtype)
             residual = result.info.residual
             if dtype != torch.float64:  # judge what is returned, not what was rounded away
-                rounded = result.program.residual(z.double(), y.double())
+                rounded = relative_residual(data, z.double(), y.double(), result.bound)
                 residual = torch.maximum(residual, rounded).to(dtype)
         status, _, iterations, _ = result.info
         representable = torch.isfinite(z).all(-1) & torch.isfinite(y).all(-1)
@@ -209,7 +213,7 @@ class _QP(torch.autograd.Function):
         status = torch.where(representable | (status != solved), status, int(Status.NOT_CONVERGED)).to(torch.int8)
         info = SolveInfo(*(t.reshape(batch) for t in (status, status == solved, iterations, residual)))
         report_failure(
-            info, settings.on_failure, what="solve_qp", tol=settings.solver.tol, max_iter=settings.solver.max_iter
+            info, settings.on_failure, what="solve_qp", tol=solver.tolerance(torch.float64), max_iter=solver.max_iter
         )
         return (
             z.reshape(*batch, n).clone(),  # forward-mode differentiation refuses outputs that are views
@@ -299,12 +303,13 @@ class _KKTSolve(torch.autograd.Function):
             Q, A, G = (quadratic.unexpand(t, 2, batch).to(torch.float64) for t in (Q, A, G))
             Q = quadratic.symmetric(Q)
             right_y = torch.cat([r_nu, r_lam], dim=-1)
-            u_z, u_y = quadratic.solve(
+            u_z, u_y, _ = quadratic.solve(
                 quadratic.Factor(*factor),
                 Q,
                 _stack_rows(A, G),
                 r_z.reshape(batch.numel(), r_z.shape[-1]).to(torch.float64),
                 right_y.reshape(batch.numel(), right_y.shape[-1]).to(torch.float64),
+                None,
                 refine,
             )
         u_nu, u_lam = u_y.to(dtype).reshape(right_y.shape).split([n_eq, r_lam.shape[-1]], dim=-1)

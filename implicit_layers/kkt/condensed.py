@@ -20,16 +20,19 @@ Source: Friedlander & Orban (2012), A primal–dual regularized interior-point m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from implicit_layers import checks
 from implicit_layers.kkt import quadratic
 from implicit_layers.kkt.program import Data, Program
 
 REFINE = 4  # refinement steps where nothing is singular, those of `solve` besides
-_NULL = 1e-3  # what is left of a vector in the null space after two projections is 1, of others near 0
+_NULL = 1e-3  # the part of a made-up vector that must be in a null space for it to be there
+_POWER = 6  # of (K + R)⁻¹R, as the projection on the null space
 
 
 class Regularisation(NamedTuple):
@@ -58,7 +61,7 @@ EVENT_NDIM = (2, 1, 1, 1, 1, 1, 1, 1, 0)
 
 def regularisation(dtype: torch.dtype) -> Regularisation:
     """Choose ρ and δ: the error of the factor, eps/δ, and that of the duals, δ over eigenvalues, both refined away."""
-    return Regularisation(1e-9, 1e-6) if dtype == torch.float64 else Regularisation(1e-5, 1e-3)
+    return Regularisation(1e-8, 1e-6) if dtype == torch.float64 else Regularisation(1e-5, 1e-3)
 
 
 def factorise(
@@ -121,24 +124,68 @@ def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Ten
     return u_z, u_y
 
 
-def null_part(factor: Factor, E: Tensor, v_z: Tensor, v_y: Tensor, times: int = 2) -> tuple[Tensor, Tensor]:
-    """Project on the null space of K, in scaled units: ((K + R)⁻¹R) to a power."""
+def refined(
+    factor: Factor,
+    E: Tensor,
+    image: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    r_z: Tensor,
+    r_y: Tensor,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """Solve K u = r, all scaled, by generalised conjugate residuals with K + R as preconditioner.
+
+    Where nothing is nearly singular the first steps are those of plain refinement; few small eigenvalues, which slow
+    that down, take one step each. Two cycles, the second from the residual as it really is.
+    """
+    n = r_z.shape[-1]
+    right = torch.cat([r_z, r_y], dim=-1)
+    tiny = torch.finfo(right.dtype).tiny ** 0.5
+    u = torch.zeros_like(right)
+    for cycle, count in enumerate((steps, 2)):
+        rest = right if cycle == 0 else right - torch.cat(image(u[:, :n], u[:, n:]), dim=-1)
+        directions: list[tuple[Tensor, Tensor]] = []
+        for _ in range(count):
+            step = torch.cat(solve_once(factor, E, rest[:, :n], rest[:, n:]), dim=-1)
+            moved = torch.cat(image(step[:, :n], step[:, n:]), dim=-1)
+            for earlier, image_of_it in directions:
+                along = (image_of_it * moved).sum(-1, keepdim=True)
+                step, moved = step - along * earlier, moved - along * image_of_it
+            length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+            inverse = torch.where(length > tiny, 1.0 / length.clamp(min=tiny), 0.0)
+            step, moved = step * inverse, moved * inverse
+            along = (moved * rest).sum(-1, keepdim=True)
+            u, rest = u + along * step, rest - along * moved
+            directions.append((step, moved))
+    return u[:, :n], u[:, n:]
+
+
+def null_part(factor: Factor, E: Tensor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Project on the null space of K, in scaled units: (K + R)⁻¹R, to a power that leaves nothing else."""
     rho, delta = regularisation(factor.chol.dtype)
-    for _ in range(times):
+    for _ in range(_POWER):
         v_z, v_y = solve_once(factor, E, rho * v_z, -delta * v_y)
     return v_z, v_y
 
 
 def with_nullity(program: Program, factor: Factor) -> Factor:
-    """Look whether the system is singular, with one fixed vector that no null space is likely to be orthogonal to."""
+    """Look whether the system is singular, from one fixed vector that no null space is likely to be orthogonal to."""
     batch, n, m = factor.active.shape[0], factor.fixed.shape[-1], factor.active.shape[-1]
     free = 1.0 - factor.fixed
     v_z = free * _probe(n, factor.chol).expand(batch, n)
     v_y = factor.active * _probe(m, factor.chol).expand(batch, m)
-    unscaled = factor._replace(column=torch.ones_like(factor.column), row=torch.ones_like(factor.row))
-    u_z, u_y = null_part(unscaled, program.E, v_z, v_y, times=3)
-    primal = torch.linalg.vector_norm(u_z, dim=-1) > _NULL * torch.linalg.vector_norm(v_z, dim=-1)
-    dual = torch.linalg.vector_norm(u_y, dim=-1) > _NULL * torch.linalg.vector_norm(v_y, dim=-1)
+    plain = factor._replace(column=torch.ones_like(factor.column), row=torch.ones_like(factor.row))
+    u_z, u_y = null_part(plain, program.E, v_z, v_y)
+    exact = factor.chol.dtype == torch.float64
+    norm = torch.linalg.vector_norm
+    curved = norm(free * quadratic.matvec(program.Q, u_z) + factor.stiffness * u_z, dim=-1)
+    moved = norm(factor.active * quadratic.matvec(program.E, u_z), dim=-1)
+    length = norm(u_z, dim=-1)
+    primal = (length > _NULL * norm(v_z, dim=-1)) & (curved < (1e-11 if exact else 1e-5) * length)
+    primal = primal & (moved < (1e-9 if exact else 1e-4) * length)
+    pulled = norm(free * quadratic.transposed_matvec(program.E, u_y), dim=-1)
+    yielding = norm(factor.compliance * u_y, dim=-1)
+    length = norm(u_y, dim=-1)
+    dual = (length > _NULL * norm(v_y, dim=-1)) & (pulled + yielding < (1e-9 if exact else 1e-4) * length)
     return factor._replace(singular=primal.to(torch.int8) + 2 * dual.to(torch.int8))
 
 
@@ -156,8 +203,13 @@ def solve(
     r_y: Tensor,  # (N, m)
     r_bound: Tensor | None,  # (N, n); None: zero
     refine: int,
+    *,
+    project: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve the system on the active set, refined against the matrices themselves; see the head of this file."""
+    """Solve the system on the active set, refined against the matrices themselves; see the head of this file.
+
+    `project`: whether to take null spaces off where the factor says there are some; None: ask the host if any has.
+    """
     column, row, cost = factor.column, factor.row, factor.cost
     free = 1.0 - factor.fixed
     pull = free * factor.stiffness / (cost * column**2)
@@ -169,24 +221,29 @@ def solve(
         inside = quadratic.matvec(Q, u_z) + quadratic.transposed_matvec(E, u_y) + pull * u_z
         return free * cost * column * inside, factor.active * row * (quadratic.matvec(E, u_z) - compliance * u_y)
 
-    def without_null(v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
-        n_z, n_y = null_part(factor, E, v_z, v_y)
-        primal, dual = (factor.singular & 1).unsqueeze(-1) > 0, (factor.singular & 2).unsqueeze(-1) > 0
-        return torch.where(primal, v_z - n_z, v_z), torch.where(dual, v_y - n_y, v_y)
+    def scaled_image(s_z: Tensor, s_y: Tensor) -> tuple[Tensor, Tensor]:
+        return image(column * s_z, row * s_y / cost)
 
     i_z, i_y = image(fixed_z, torch.zeros_like(r_y))
     right_z = free * cost * column * (r_z + pull * at) - i_z
     right_y = factor.active * row * r_y - i_y
-    right_z, right_y = without_null(right_z, right_y)
-    s_z, s_y = solve_once(factor, E, right_z, right_y)
-    for _ in range(REFINE + refine):
-        i_z, i_y = image(column * s_z, row * s_y / cost)
-        d_z, d_y = solve_once(factor, E, right_z - i_z, right_y - i_y)
-        s_z, s_y = s_z + d_z, s_y + d_y
-    s_z, s_y = without_null(s_z, s_y)
+    if project is None:
+        project = checks.host_bool((factor.singular > 0).any())
+    if project:
+        right_z, right_y = _without_null(factor, E, right_z, right_y)
+    s_z, s_y = refined(factor, E, scaled_image, right_z, right_y, REFINE + refine)
+    if project:
+        s_z, s_y = _without_null(factor, E, s_z, s_y)
     u_z, u_y = torch.where(free > 0, column * s_z, fixed_z), row * s_y / cost
     reaction = r_z - quadratic.matvec(Q, u_z) - quadratic.transposed_matvec(E, u_y)
     return u_z, u_y, torch.where(free > 0, pull * (u_z - at), reaction)
+
+
+def _without_null(factor: Factor, E: Tensor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the null space off where there is one, in scaled units."""
+    n_z, n_y = null_part(factor, E, v_z, v_y)
+    primal, dual = (factor.singular & 1).unsqueeze(-1) > 0, (factor.singular & 2).unsqueeze(-1) > 0
+    return torch.where(primal, v_z - n_z, v_z), torch.where(dual, v_y - n_y, v_y)
 
 
 def condition(program: Program, factor: Factor, iterations: int = 4) -> Tensor:  # -> (N,)

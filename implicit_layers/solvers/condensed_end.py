@@ -83,11 +83,15 @@ def solve_on(program: Program, tried: Guess, *, tol: float, sign_tol: float, ref
     ones = factor._replace(column=zero + 1.0, row=zero + 1.0)
     z = torch.where(fixed > 0, program.ub, torch.where(fixed < 0, program.lb, tried.z))
     y = active * tried.y
-    for _ in range(1 + refine):
-        left = -free * program.gradient(z, y)
-        rows = active * (program.f - quadratic.matvec(program.E, z) + program.compliance * y)
-        d_z, d_y = condensed.solve_once(ones, program.E, left, rows)
-        z, y = z + d_z, y + d_y
+
+    def image(v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:  # K v
+        inside = quadratic.matvec(program.Q, v_z) + quadratic.transposed_matvec(program.E, v_y)
+        return free * inside, active * (quadratic.matvec(program.E, v_z) - program.compliance * v_y)
+
+    left = -free * program.gradient(z, y)
+    rows = active * (program.f - quadratic.matvec(program.E, z) + program.compliance * y)
+    d_z, d_y = condensed.refined(ones, program.E, image, left, rows, refine)
+    z, y = z + d_z, y + d_y
     bound = -(1.0 - free) * program.gradient(z, y)
     raw = judge(program, z, y, bound)
     inequality = program.inequality() & program.rows

@@ -20,6 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicit_layers import checks
+from implicit_layers.errors import NotPositiveDefiniteError
+
 
 class KKTResidual(NamedTuple):
     """The left-hand sides of the five conditions at a point; all zero at a solution."""
@@ -233,15 +236,67 @@ def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Ten
     return step - cholesky_solve(factor.chol_q, transposed_matvec(E, u_y)), u_y
 
 
-def solve(factor: Factor, Q: Tensor, E: Tensor, r_z: Tensor, r_y: Tensor, refine: int) -> tuple[Tensor, Tensor]:
-    """Solve the active-set system and refine against the matrices themselves."""
+def solve(
+    factor: Factor, Q: Tensor, E: Tensor, r_z: Tensor, r_y: Tensor, r_bound: Tensor | None, refine: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve the active-set system and refine against the matrices themselves; no bounds, so u_bound is zero."""
     u_z, u_y = solve_once(factor, E, r_z, r_y)
     for _ in range(refine):
         left_z = r_z - matvec(Q, u_z) - transposed_matvec(E, u_y)
         left_y = factor.active * (r_y - matvec(E, u_z))
         step_z, step_y = solve_once(factor, E, left_z, left_y)
         u_z, u_y = u_z + step_z, u_y + step_y
-    return u_z, u_y
+    return u_z, u_y, torch.zeros_like(u_z)
+
+
+def condition(factor: Factor) -> Tensor:  # -> (N,)
+    """Estimate the condition from the pivots of both factors: a lower bound, cheap and of the right order mostly."""
+    worst = []
+    for part in (factor.chol_q, factor.chol_eq, factor.chol_ineq):
+        pivots = part.diagonal(dim1=-2, dim2=-1) ** 2
+        if pivots.shape[-1]:
+            worst.append(pivots.amax(-1) / pivots.amin(-1))
+    return torch.stack(torch.broadcast_tensors(*worst)).amax(0)
+
+
+def check_definite(Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor Q, (N or 1, n, n); also tell where it is positive definite to working precision, (N or 1,)."""
+    factor, info = torch.linalg.cholesky_ex(Q)
+    diagonal = Q.diagonal(dim1=-2, dim2=-1)
+    floor = 10 * Q.shape[-1] * torch.finfo(Q.dtype).eps
+    relative = factor.diagonal(dim1=-2, dim2=-1) ** 2 / diagonal.abs().clamp(min=torch.finfo(Q.dtype).tiny)
+    return factor, (info == 0) & (relative.amin(-1) > floor)
+
+
+def refuse_indefinite(Q: Tensor, batch: torch.Size) -> None:
+    """Refuse Q, (N or 1, n, n), with a negative eigenvalue beyond rounding; one host synchronisation, mostly.
+
+    Q + τI is positive definite where Q is semidefinite to rounding, τ = 64 n eps |Q|, |Q| its largest row sum.
+
+    Raises:
+        NotPositiveDefiniteError: names the problem and the smallest eigenvalue.
+    """
+    n = Q.shape[-1]
+    if Q.shape[0] == 0:
+        return
+    size = Q.abs().sum(-1).amax(-1)
+    shift = 64 * n * torch.finfo(Q.dtype).eps * size
+    shifted = Q.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(torch.where(size > 0, shift, 1.0).unsqueeze(-1))
+    _, info = torch.linalg.cholesky_ex(shifted)
+    if checks.host_bool((info == 0).all()):
+        return
+    bad = info != 0
+    first = Q[bad.nonzero()[0, 0]]
+    smallest = float(torch.linalg.eigvalsh(first)[0])
+    shared = Q.shape[0] == 1
+    where = "" if shared else checks.index_of(bad.reshape(batch))
+    count = "" if shared else f"; {int(bad.sum())} of {bad.numel()} problems"
+    raise NotPositiveDefiniteError(
+        f"Q{where} is not positive semidefinite (smallest eigenvalue {smallest:.3g}, |Q| {float(first.abs().max()):.3g}"
+        f"{count}), so the program is not convex. If it should be, add a small multiple of the identity, "
+        "Q + 1e-6 * torch.eye(n), or build Q as L Lᵀ."
+    )
 
 
 def magnitude(reduced: Reduced, f: Tensor, z_norm: Tensor) -> Tensor:  # (N,) -> (N, m)

@@ -8,7 +8,7 @@ Source: Hintermüller, Ito & Kunisch (2003), SIAM J. Optim. 13(3), for the corre
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntFlag
 from typing import NamedTuple
 
 import torch
@@ -125,12 +125,13 @@ def solve_on(
     return ActiveSetPoint(z, y, factor, residual, accepted, independent, weak.any(-1), corrected)
 
 
-class Degeneracy(IntEnum):
-    """Why the derivative at a solution is not unique."""
+class Degeneracy(IntFlag):
+    """Why the derivative at a solution is not unique; several may hold at once."""
 
     NONE = 0
-    WEAK = 1  # an inequality is only just active: no dual, no slack
-    DEPENDENT = 2  # the active rows depend on each other
+    WEAK = 1  # an inequality or bound is only just active: no dual, no slack
+    DEPENDENT = 2  # the active rows depend on each other: the duals are not unique
+    PRIMAL = 4  # the minimiser is not unique: that of least norm is given
 
 
 class Answers:

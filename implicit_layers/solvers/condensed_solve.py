@@ -1,0 +1,205 @@
+"""The condensed form as a whole: follow the central path, end on a verified active set, for what is left once more."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicit_layers import checks
+from implicit_layers.kkt.program import Program
+from implicit_layers.solvers import condensed_end, condensed_path
+from implicit_layers.solvers.condensed_end import End, Guess
+from implicit_layers.solvers.condensed_path import State
+
+
+class Settings(NamedTuple):
+    """How long and how exactly to solve."""
+
+    tol: float  # largest relative KKT residual of an answer
+    max_iter: int
+    check_every: int  # iterations between two questions of the host; 0: none
+
+
+class _Phase(NamedTuple):
+    """How far to follow the central path before trying the active set, and how."""
+
+    measure: float  # relative complementarity to reach
+    tol: float  # relative residual to accept, where that of the settings is larger
+    sign_tol: float
+    refine: int
+    balanced: bool
+    near: bool  # whether to start from the path's own point, which dependent rows need
+    rounds: int
+
+
+_PHASES = (
+    _Phase(1e-3, 1e-13, 1e-13, 4, balanced=False, near=False, rounds=3),
+    _Phase(1e-6, 1e-13, 1e-13, 4, balanced=False, near=False, rounds=3),
+    _Phase(1e-9, 1e-12, 1e-12, 6, balanced=True, near=True, rounds=4),
+    _Phase(1e-12, 1e-11, 1e-11, 10, balanced=False, near=True, rounds=4),
+    _Phase(1e-14, 1e-10, 1e-10, 20, balanced=True, near=True, rounds=4),
+)
+_PHASES_NATIVE = (
+    _Phase(1e-2, 2e-6, 2e-6, 3, balanced=False, near=False, rounds=3),
+    _Phase(1e-4, 2e-6, 2e-6, 4, balanced=False, near=True, rounds=3),
+    _Phase(1e-6, 1e-5, 5e-6, 6, balanced=True, near=True, rounds=4),
+)
+
+
+class Outcome(NamedTuple):
+    """Where the programs ended, scaled units; leading dimension N."""
+
+    z: Tensor  # (N, n)
+    y: Tensor  # (N, m)
+    bound: Tensor  # (N, n)
+    active: Tensor  # (N, m)
+    fixed: Tensor  # (N, n)
+    weak: Tensor  # (N,) bool
+    residual: Tensor  # (N,)
+    exact: Tensor  # (N,) bool: verified on an active set
+    iterations: Tensor  # (N,) int64
+
+    @staticmethod
+    def blank(program: Program, batch: int) -> Outcome:
+        """Begin with nothing."""
+        n, m, like = program.Q.shape[-1], program.E.shape[-2], program.p
+        flag = torch.zeros(batch, dtype=torch.bool, device=like.device)
+        return Outcome(
+            like.new_zeros(batch, n),
+            like.new_zeros(batch, m),
+            like.new_zeros(batch, n),
+            like.new_zeros(batch, m),
+            like.new_zeros(batch, n),
+            flag,
+            like.new_full((batch,), torch.inf),
+            flag,
+            torch.zeros(batch, dtype=torch.int64, device=like.device),
+        )
+
+    def put(self, index: Tensor | None, end: End, iterations: Tensor | None) -> Outcome:
+        """Write down what is better than what is there: verified ends first, then smaller residuals."""
+        old = self if index is None else Outcome(*(field[index] for field in self))
+        better = (end.accepted & ~old.exact) | (~old.exact & (end.at.residual < old.residual))
+        count = old.iterations if iterations is None else torch.where(old.exact, old.iterations, iterations)
+        new = Outcome(
+            end.at.z,
+            end.at.y,
+            end.at.bound,
+            end.guess.active,
+            end.guess.fixed,
+            end.weak,
+            end.at.residual,
+            end.accepted,
+            count,
+        )
+        pairs = zip(new[:-1], old[:-1], strict=True)
+        chosen = [torch.where(better if a.ndim == 1 else better.unsqueeze(-1), a, b) for a, b in pairs]
+        chosen.append(count)
+        if index is None:
+            return Outcome(*chosen)
+        return Outcome(*(to.index_copy(0, index, new) for to, new in zip(self, chosen, strict=True)))
+
+
+def solve(program: Program, batch: int, settings: Settings) -> Outcome:
+    """Solve a batch of scaled programs as well as possible; says how good each answer is, and no more."""
+    phases = _PHASES if program.p.dtype == torch.float64 else _PHASES_NATIVE
+    outcome = Outcome.blank(program, batch)
+    if batch == 0:
+        return outcome
+    if program.E.shape[-2] == program.n_eq and not program.bounded:
+        return _without_cone(program, batch, outcome, phases)
+    state = condensed_path.start(program, batch)
+    if settings.check_every == 0:
+        return _without_questions(program, state, outcome, settings, phases)
+    index = torch.arange(batch, device=program.p.device)
+    for phase in phases:
+        state = _advance(program, state, phase.measure, settings)
+        tried = condensed_end.guess(program, state, balanced=phase.balanced, near=phase.near)
+        rows = torch.arange(index.shape[0], device=index.device)
+        part, settled = program, torch.zeros_like(state.stuck)
+        for _ in range(phase.rounds):
+            end = _end(part, tried, phase, settings)
+            outcome = outcome.put(index[rows], end, state.iterations[rows])
+            settled[rows] = end.accepted
+            again = (~end.accepted).nonzero().squeeze(-1)
+            if not again.numel():
+                break
+            rows, part, tried = rows[again], part.take(again), end.corrected.take(again)
+        left = (~settled).nonzero().squeeze(-1)
+        index, program, state = index[left], program.take(left), state.take(left)
+        if not left.numel():
+            return outcome
+    return outcome.put(index, as_it_is(program, state), state.iterations)
+
+
+def _end(program: Program, tried: Guess, phase: _Phase, settings: Settings) -> End:
+    """Solve on a guess with the settings of a phase."""
+    tol = min(settings.tol, phase.tol)
+    return condensed_end.solve_on(program, tried, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine)
+
+
+def _without_cone(program: Program, batch: int, outcome: Outcome, phases: tuple[_Phase, ...]) -> Outcome:
+    """Solve programs with equalities only: nothing to guess."""
+    active = program.p.new_ones(batch, program.E.shape[-2])
+    zero = program.p.new_zeros(batch, program.Q.shape[-1])
+    tried = Guess(active, zero, zero, torch.zeros_like(active))
+    last = phases[-1]
+    end = condensed_end.solve_on(program, tried, tol=last.tol, sign_tol=last.sign_tol, refine=last.refine)
+    return outcome.put(None, end, None)
+
+
+def _without_questions(
+    program: Program, state: State, outcome: Outcome, settings: Settings, phases: tuple[_Phase, ...]
+) -> Outcome:
+    """Take all iterations and all rounds, whatever comes out."""
+    target = phases[-1].measure
+    for _ in range(settings.max_iter):
+        reached = condensed_path.progress(program, state)
+        running = ~_done(reached, target) & ~state.stuck
+        state = condensed_path.step(program, state, running, reached.measure)
+    for phase in phases[-2:]:
+        tried = condensed_end.guess(program, state, balanced=phase.balanced, near=phase.near)
+        for _ in range(phase.rounds):
+            end = _end(program, tried, phase, settings)
+            outcome = outcome.put(None, end, state.iterations)
+            tried = end.corrected
+    return outcome.put(None, as_it_is(program, state), state.iterations)
+
+
+def as_it_is(program: Program, state: State) -> End:
+    """Take the path's own point for an answer, with the active set that it suggests."""
+    tried = condensed_end.guess(program, state, balanced=True, near=True)
+    at = condensed_path.point(program, state)
+    no = torch.zeros_like(state.stuck)
+    zero = state.z.new_zeros(1, 1)
+    factor = condensed_end.condensed.factorise_scaled(program, tried.active, (tried.fixed != 0).to(zero.dtype), zero)
+    return End(at, tried, factor, no, no, tried)
+
+
+def _done(reached: condensed_path.Progress, target: float) -> Tensor:  # -> (k,) bool
+    """Tell where the path has come to its end."""
+    return (reached.measure <= target) & (reached.infeasibility <= 1e-2 * target**0.5)
+
+
+def _advance(program: Program, state: State, target: float, settings: Settings) -> State:
+    """Iterate until every program has reached the target, or cannot go on."""
+    whole, rows = state, None
+    part = program
+    count = 0
+    while True:
+        reached = condensed_path.progress(part, state)
+        running = ~_done(reached, target) & ~state.stuck & (state.iterations < settings.max_iter)
+        measure = reached.measure
+        if count % settings.check_every == 0:
+            at_work = checks.host_int(running.sum())
+            if at_work == 0 or at_work <= 0.75 * running.shape[0]:
+                whole = state if rows is None else whole.put(rows, state)
+                if at_work == 0:
+                    return whole
+                pick = running.nonzero().squeeze(-1)
+                rows = pick if rows is None else rows[pick]
+                part, state, measure, running = part.take(pick), state.take(pick), measure[pick], running[pick]
+        state = condensed_path.step(part, state, running, measure)
+        count += 1

@@ -34,7 +34,9 @@ def boxed(n: int, n_ineq: int, n_eq: int, *, batch: tuple[int, ...] = (), seed: 
     """A strictly convex program whose solution has some unknowns at each bound, clearly."""
     Q, p, A, b, G, h, z, *_ = random_qp(n, n_ineq, n_eq, batch=batch, seed=seed, condition=10.0, active=0.3)
     place = torch.rand(*batch, n, generator=torch.Generator().manual_seed(seed), dtype=F64)
-    bound = torch.where(place < 0.25, 1.0, torch.where(place > 0.75, -1.0, 0.0))  # of which sign the dual is
+    count = (n - n_eq - min(round(0.3 * n_ineq), n - n_eq) + 1) // 2  # so that the active ones stay independent
+    order = place.argsort(-1).argsort(-1)
+    bound = torch.where(order < count, torch.where(order % 2 == 0, 1.0, -1.0), 0.0).double()  # the sign of the dual
     lb = torch.where(bound < 0, z, z - 0.5 - place)
     ub = torch.where(bound > 0, z, z + 0.5 + place)
     return {"Q": Q, "p": p - bound, "A": A, "b": b, "G": G, "h": h, "lb": lb, "ub": ub}

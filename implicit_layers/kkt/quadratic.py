@@ -49,6 +49,9 @@ class Factor(NamedTuple):
     active: Tensor  # (*B, m): 1 on equality rows and active inequality rows, else 0
 
 
+EVENT_NDIM = (2, 2, 2, 2, 1, 1)  # trailing dimensions of the fields of `Factor`
+
+
 class Reduced(NamedTuple):
     """The dual form: E z − f = (t − S y) / scale with y = scale ∘ (dual), z eliminated; then ν eliminated too."""
 
@@ -140,21 +143,6 @@ def jacobian(Q: Tensor, A: Tensor, G: Tensor, h: Tensor, z: Tensor, lam: Tensor)
         [full(lam.unsqueeze(-1) * G), zeros(n_ineq, n_eq), full(torch.diag_embed(matvec(G, z) - h))],
     ]
     return torch.cat([torch.cat(row, dim=-1) for row in rows], dim=-2)
-
-
-def parameter_gradients(
-    v_z: Tensor, v_nu: Tensor, v_lam: Tensor, z: Tensor, nu: Tensor, lam: Tensor, needed: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Turn an adjoint v and a point into the gradients of Q, A and G, skipping those not needed.
-
-    d(point) = K⁻¹ r with r_z = −(dQ z + dAᵀν + dGᵀλ), r_ν = −dA z, r_λ = −dG z; so ⟨v, r⟩ gives the outer products.
-    Only the symmetric part of Q counts, so its gradient is symmetric: −½(v_z zᵀ + z v_zᵀ).
-    """
-    right = torch.stack([v_z, z], dim=-2) if any(needed) else z
-    grad_Q = torch.stack([z, v_z], dim=-1).mul(-0.5) @ right if needed[0] else None
-    grad_A = torch.stack([nu, v_nu], dim=-1).neg() @ right if needed[1] else None
-    grad_G = torch.stack([lam, v_lam], dim=-1).neg() @ right if needed[2] else None
-    return grad_Q, grad_A, grad_G
 
 
 def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, ridge: float) -> Reduced:
@@ -347,12 +335,12 @@ def unexpand(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
     sizes = tensor.shape[: tensor.ndim - event_ndim]
     if batch.numel() and all(stride == 0 or size == 1 for stride, size in zip(strides, sizes, strict=True)):
         return tensor[(0,) * len(sizes)].unsqueeze(0)
-    return tensor.expand(*batch, *event).reshape(batch.numel(), *event)
+    return tensor.expand((*batch, *event)).reshape((batch.numel(), *event))
 
 
 def expand(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
     """Undo `unexpand`: (N, ...) or (1, ...) to (*batch, ...); what is shared stays one memory."""
     event = tensor.shape[tensor.ndim - event_ndim :]
     if tensor.shape[0] == batch.numel():
-        return tensor.reshape(*batch, *event)
-    return tensor[0].expand(*batch, *event)
+        return tensor.reshape((*batch, *event))
+    return tensor[0].expand((*batch, *event))

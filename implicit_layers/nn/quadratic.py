@@ -20,15 +20,13 @@ _LEARNABLE = ("Q", "p", "A", "b", "G", "h")
 
 
 class QPData(TypedDict):
-    """The arguments of `solve_qp` but p; those of missing constraints are None."""
+    """The arguments of `solve_qp` but p and bounds; those of missing constraints are None."""
 
     Q: Tensor  # (*B, n, n)
     A: Tensor | None  # (*B, n_eq, n)
     b: Tensor | None  # (*B, n_eq)
     G: Tensor | None  # (*B, n_ineq, n)
     h: Tensor | None  # (*B, n_ineq)
-    lb: Tensor | None  # (*B, n)
-    ub: Tensor | None  # (*B, n)
 
 
 class QPLayer(nn.Module):
@@ -156,12 +154,13 @@ class QPLayer(nn.Module):
         ub: Tensor | None = None,
         like: Tensor | None = None,
     ) -> QPData:
-        """The data of the program, all but p, as keyword arguments of `solve_qp`: those given, the others as learned.
+        """The data of the program but p and bounds, as keyword arguments of `solve_qp`: given ones, others as learned.
 
-        A Q that is neither takes its dtype and device from `like`.
+        A learned z₀ is moved between the bounds. A Q that is neither given nor learned has the dtype of `like`.
         """
         lb, ub = self.lb if lb is None else lb, self.ub if ub is None else ub
-        A, G = self.A if A is None else A, self.G if G is None else G
+        A = self.A if A is None else A
+        G = self.G if G is None else G
         device = next((t.device for t in (like, self.L, self.z0, lb) if t is not None), torch.device("cpu"))
         with transforms.full_precision(device):
             if Q is None and self.L is not None:
@@ -171,7 +170,7 @@ class QPLayer(nn.Module):
                 known = next((t for t in (like, self.p, self.A, self.G, self.z0, lb) if t is not None), None)
                 dtype = None if known is None else known.dtype
                 Q = self.epsilon * torch.eye(self.n, dtype=dtype, device=device)
-            z0 = self.z0
+            z0: Tensor | None = self.z0
             if z0 is not None and (lb is not None or ub is not None):
                 z0 = z0.clamp(lb, ub)
             if b is None and A is not None and z0 is not None and "b" in self.learn:
@@ -184,7 +183,7 @@ class QPLayer(nn.Module):
                     raise ArgumentError(f"QPLayer: {name} is not learned here, so it must be given with the call")
                 if not count and tensor is not None:
                     raise ArgumentError(f"QPLayer: {name} was given, but the layer was made without such rows")
-        return QPData(Q=Q, A=A, b=b, G=G, h=h, lb=lb, ub=ub)
+        return QPData(Q=Q, A=A, b=b, G=G, h=h)
 
     def solve(
         self,
@@ -209,6 +208,8 @@ class QPLayer(nn.Module):
         return solve_qp(
             p=p,
             **data,
+            lb=self.lb if lb is None else lb,
+            ub=self.ub if ub is None else ub,
             solver=self.solver,
             on_failure=self.on_failure,
             gradient=self.gradient,

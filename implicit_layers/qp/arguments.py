@@ -99,8 +99,8 @@ def uniform(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
     """Give a tensor the dimensions of the batch, or 1s where the whole batch shares it."""
     own, event = tensor.shape[: tensor.ndim - event_ndim], tensor.shape[tensor.ndim - event_ndim :]
     if all(size == 1 for size in own):
-        return tensor.reshape(*(1 for _ in batch), *event)
-    return tensor.expand(*batch, *event)
+        return tensor.reshape((*(1 for _ in batch), *event))
+    return tensor.expand((*batch, *event))
 
 
 # the infinity that an argument may not hold: no point would satisfy it

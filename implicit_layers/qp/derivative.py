@@ -84,7 +84,9 @@ class _KKTSolve(_ReverseKKT):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], settings: Settings, *tensors: Tensor) -> tuple[Any, Any]:
         events = (*KKT_EVENT_NDIM, *factor_event_ndim(len(tensors) - len(KKT_EVENT_NDIM)))
-        moved = map_to_front(info.batch_size, in_dims[1:], tensors, events, tensors[3].shape[:-1])
+        r_z, dim = tensors[3], in_dims[4]
+        batch = (r_z if dim is None else r_z.movedim(dim, 0)[0]).shape[:-1]
+        moved = map_to_front(info.batch_size, in_dims[1:], tensors, events, batch, slice(3))
         return _KKTSolve.apply(settings, *moved), (0, 0, 0, 0)
 
 
@@ -123,7 +125,7 @@ class _ReverseQP(torch.autograd.Function):
 
         def work(*tensors: Tensor | None) -> list[Tensor | None]:
             *saved, g_z, g_nu, g_lam, g_bound = tensors
-            Q, A, G, point, bound, outcome = _unpack(settings, saved)
+            Q, A, G, point, bound, outcome = _unpack(settings, saved)  # type: ignore[arg-type]
             good = outcome.converged.unsqueeze(-1)
             rights = [
                 torch.zeros_like(like) if grad is None else torch.where(good, grad, 0.0)
@@ -154,7 +156,7 @@ class _QP(_ReverseQP):
         def work(*tensors: Tensor | None) -> tuple[Tensor, ...]:
             with transforms.forward_mode():
                 *saved, d_Q, d_p, d_A, d_b, d_G, d_h, d_lb, d_ub = tensors
-                Q, A, G, point, bound, constants, _ = _unpack(settings, (*transforms.primals(saved), *(None,) * 4))  # type: ignore[arg-type]
+                Q, A, G, point, bound, outcome = _unpack(settings, transforms.primals(saved))  # type: ignore[arg-type]
                 changes = _change_of_residual(d_Q, d_A, d_G, *point)
                 moves = (None if d_p is None else -d_p, d_b, d_h)
                 rights = [_add(x, y) for x, y in zip(changes, moves, strict=True)]
@@ -176,14 +178,15 @@ class _QP(_ReverseQP):
             if t is not None
         )
         batch = torch.broadcast_shapes(*shapes)
-        outputs = _QP.apply(settings, *map_to_front(info.batch_size, in_dims[1:], tensors, EVENT_NDIM, batch))
+        moved = map_to_front(info.batch_size, in_dims[1:], tensors, EVENT_NDIM, batch, slice(8))
+        outputs = _QP.apply(settings, *moved)
         return outputs, (0,) * len(outputs)
 
 
 def differentiable(settings: Settings, program: Program) -> Outcome:
     """Solve a batch of programs, differentiably."""
     function = _ReverseQP if torch.compiler.is_compiling() else _QP
-    return Outcome.of(settings, function.apply(settings, *program))
+    return Outcome.of(settings.gradient, function.apply(settings, *program))
 
 
 def _unpack(
@@ -234,21 +237,28 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 
 def map_to_front(
-    size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None], events: Sequence[int], batch: torch.Size
+    size: int,
+    in_dims: Sequence[int | None],
+    tensors: Sequence[Tensor | None],
+    events: Sequence[int],
+    batch: torch.Size,
+    data: slice,
 ) -> list[Tensor | None]:
-    """Move the mapped dimension of each tensor to the front; what all problems share stays one memory."""
+    """Move the mapped dimension of each tensor to the front; data that all problems share keep dimensions of size 1."""
+    may_be_shared = range(len(tensors))[data]
 
-    def move(tensor: Tensor | None, dim: int | None, event_ndim: int) -> Tensor | None:
+    def move(i: int, tensor: Tensor | None, dim: int | None, event_ndim: int) -> Tensor | None:
         if tensor is None:
             return None
         if dim is not None:
             tensor = tensor.movedim(dim, 0)
-            return tensor.expand(size, *batch, *tensor.shape[tensor.ndim - event_ndim :])
-        if tensor.shape[: tensor.ndim - event_ndim].numel() == 1:
+            return tensor.expand((size, *batch, *tensor.shape[tensor.ndim - event_ndim :]))
+        if i in may_be_shared and tensor.shape[: tensor.ndim - event_ndim].numel() == 1:
             return tensor.unsqueeze(0)
-        return tensor.expand(size, *tensor.shape)
+        return tensor.expand((size, *tensor.shape))
 
-    return [move(*each) for each in zip(tensors, in_dims, events, strict=True)]
+    each = zip(range(len(tensors)), tensors, in_dims, events, strict=True)
+    return [move(*one) for one in each]
 
 
 def _add(x: Tensor, y: Tensor | None) -> Tensor:

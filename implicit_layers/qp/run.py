@@ -16,8 +16,8 @@ from implicit_layers.errors import DegenerateGradientWarning, warn
 from implicit_layers.kkt import condensed, quadratic
 from implicit_layers.kkt.program import Data, relative_residual
 from implicit_layers.qp.arguments import Program, refuse_values
-from implicit_layers.solution import OnFailure, QPInfo, Status, report_failure
-from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT, Degeneracy
+from implicit_layers.solution import Degeneracy, OnFailure, QPInfo, Status, report_failure
+from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT
 from implicit_layers.solvers.interior_point import InteriorPoint, QPResult
 
 Gradient = Literal["exact", "least_norm", "smoothed"]
@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
     bound: Tensor  # (*B, n) λ_ub − λ_lb, or (*B, 0) without bounds
     pull_lb: Tensor  # like `bound`: the share of a change of lb that the unknown's own condition sees
     pull_ub: Tensor  # like `bound`: the same for ub
-    degenerate: Tensor  # (*B,) int8, see `active_set.Degeneracy`
+    degenerate: Tensor  # (*B,) int8, see `Degeneracy`
     condition: Tensor  # (*B,)
     status: Tensor  # (*B,) int8, see `solution.Status`
     converged: Tensor  # (*B,) bool
@@ -77,8 +77,9 @@ class Outcome(NamedTuple):
     @staticmethod
     def of(gradient: Gradient, tensors: tuple[Tensor, ...]) -> Outcome:
         """Take the tensors of `flat` apart again."""
-        smooth = 3 if gradient == "smoothed" else 0
-        return Outcome(*tensors[:12], tensors[12 : 12 + smooth], tensors[12 + smooth :])
+        end = 15 if gradient == "smoothed" else 12
+        fields: tuple[Any, ...] = (*tensors[:12], tensors[12:end], tensors[end:])
+        return Outcome(*fields)
 
     def flat(self) -> tuple[Tensor, ...]:
         """All tensors in a row."""
@@ -103,7 +104,7 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         if settings.elastic:
             data = data._replace(compliance=data.p.new_ones(1, 1).expand(1, data.E.shape[-2]))
         if settings.synchronises:
-            refuse_indefinite(data.Q, batch)
+            quadratic.refuse_indefinite(data.Q, batch)
         result = solver.solve(data, batch.numel())
         z, y, bound = (t.to(dtype) for t in (result.z, result.y, result.bound))
         residual = result.info.residual
@@ -120,12 +121,14 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
     def shaped(tensor: Tensor) -> Tensor:  # forward-mode differentiation refuses outputs that are views
         return tensor.to(dtype).reshape(*batch, *tensor.shape[1:]).clone()
 
-    nothing = z.new_zeros(*batch, 0)
+    bound, pull_lb, pull_ub = (shaped(t if bounded else t[:, :0]) for t in (bound, *pulls))
     outcome = Outcome(
         shaped(z),
         shaped(y[:, :n_eq]),
         shaped(y[:, n_eq:]),
-        *((shaped(t) for t in (bound, *pulls)) if bounded else (nothing, nothing.clone(), nothing.clone())),
+        bound,
+        pull_lb,
+        pull_ub,
         result.degenerate.reshape(batch),
         result.condition.to(dtype).reshape(batch),
         status.reshape(batch),

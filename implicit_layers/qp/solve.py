@@ -152,8 +152,8 @@ def _solution(outcome: Outcome, program: Program, shift: QPShift | None) -> QPSo
         lam,
         program.h - quadratic.matvec(program.G, z),
         outcome.info,
-        (-held).clamp(min=0.0),
-        held.clamp(min=0.0),
+        torch.where(held < 0, -held, 0.0),
+        torch.where(held > 0, held, 0.0),
         optimal_value(outcome, program),
         QPShift(torch.zeros_like(nu), torch.zeros_like(lam)) if shift is None else shift,
     )

@@ -98,4 +98,4 @@ class _Value(torch.autograd.Function):
         events = (0, 1, 1, 1, 1, *EVENT_NDIM)
         z, dim = tensors[1], in_dims[1]
         batch = z.shape[:-1] if dim is None else z.movedim(dim, 0).shape[1:-1]  # type: ignore[union-attr]
-        return _Value.apply(*map_to_front(info.batch_size, in_dims, tensors, events, batch)), 0
+        return _Value.apply(*map_to_front(info.batch_size, in_dims, tensors, events, batch, slice(5, None))), 0

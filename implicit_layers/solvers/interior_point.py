@@ -19,9 +19,8 @@ from implicit_layers import checks
 from implicit_layers.errors import ArgumentError
 from implicit_layers.kkt import condensed, quadratic
 from implicit_layers.kkt.program import Data, Program
-from implicit_layers.solution import SolveInfo, Status
+from implicit_layers.solution import Degeneracy, SolveInfo, Status
 from implicit_layers.solvers import active_set, condensed_solve, dual_path
-from implicit_layers.solvers.active_set import Degeneracy
 
 _MANY_ROWS = 2.0  # inequality rows for each unknown, beyond which the condensed form is faster
 
@@ -35,7 +34,7 @@ class QPResult(NamedTuple):
     active: Tensor  # (N, m): 1 on rows held in the end
     fixed: Tensor  # (N, n): +1 at ub, -1 at lb, 0 free
     factor: quadratic.Factor | condensed.Factor
-    degenerate: Tensor  # (N,) int8: whether and why the derivative is not unique, flags of `active_set.Degeneracy`
+    degenerate: Tensor  # (N,) int8: whether and why the derivative is not unique, flags of `Degeneracy`
     condition: Tensor  # (N,): estimated condition of the scaled KKT system on the active set; inf where singular
     info: SolveInfo
 

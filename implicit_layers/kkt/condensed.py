@@ -140,6 +140,7 @@ def refined(
     n = r_z.shape[-1]
     right = torch.cat([r_z, r_y], dim=-1)
     tiny = torch.finfo(right.dtype).tiny ** 0.5
+    least = 1e-11 if right.dtype == torch.float64 else 1e-6
     u = torch.zeros_like(right)
     for cycle, count in enumerate((steps, 2)):
         rest = right if cycle == 0 else right - torch.cat(image(u[:, :n], u[:, n:]), dim=-1)
@@ -151,7 +152,8 @@ def refined(
                 along = (image_of_it * moved).sum(-1, keepdim=True)
                 step, moved = step - along * earlier, moved - along * image_of_it
             length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
-            inverse = torch.where(length > tiny, 1.0 / length.clamp(min=tiny), 0.0)
+            null = length <= least * torch.linalg.vector_norm(step, dim=-1, keepdim=True)  # a step of rounding only
+            inverse = torch.where((length > tiny) & ~null, 1.0 / length.clamp(min=tiny), 0.0)
             step, moved = step * inverse, moved * inverse
             along = (moved * rest).sum(-1, keepdim=True)
             u, rest = u + along * step, rest - along * moved

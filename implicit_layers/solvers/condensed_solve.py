@@ -99,7 +99,15 @@ class Outcome(NamedTuple):
         chosen.append(count)
         if index is None:
             return Outcome(*chosen)
-        return Outcome(*(to.index_copy(0, index, new) for to, new in zip(self, chosen, strict=True)))
+        return self.replace(index, Outcome(*chosen))
+
+    def take(self, index: Tensor) -> Outcome:
+        """Keep some programs."""
+        return Outcome(*(field[index] for field in self))
+
+    def replace(self, index: Tensor, part: Outcome) -> Outcome:
+        """Write back what `take` took."""
+        return Outcome(*(field.index_copy(0, index, new) for field, new in zip(self, part, strict=True)))
 
 
 def solve(program: Program, batch: int, settings: Settings) -> Outcome:

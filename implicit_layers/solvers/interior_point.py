@@ -20,7 +20,8 @@ from implicit_layers.errors import ArgumentError
 from implicit_layers.kkt import condensed, quadratic
 from implicit_layers.kkt.program import Data, Program
 from implicit_layers.solution import Degeneracy, SolveInfo, Status
-from implicit_layers.solvers import active_set, condensed_solve, dual_path
+from implicit_layers.solvers import active_set, condensed_solve, dual_path, infeasibility, optimal_face
+from implicit_layers.solvers.condensed_solve import Outcome
 
 _MANY_ROWS = 2.0  # inequality rows for each unknown, beyond which the condensed form is faster
 
@@ -130,18 +131,55 @@ class InteriorPoint:
         program = Program.of(data)
         settings = condensed_solve.Settings(tol, self.max_iter, self.check_every)
         outcome = condensed_solve.solve(program, batch, settings)
-        zero = data.p.new_zeros(1, 1)
-        held = (outcome.fixed != 0).to(zero.dtype)
-        factor = condensed.factorise_scaled(program, outcome.active, held, zero)
-        factor = condensed.with_nullity(program, factor)
-        z, y, bound = program.unscaled(outcome.z, outcome.y, outcome.bound)
+        factor = _factor(program, outcome)
+        plural = torch.zeros_like(outcome.exact)
         converged = outcome.residual <= tol
+        status = torch.where(converged, int(Status.CONVERGED), int(Status.NOT_CONVERGED)).to(torch.int8)
+        if data.lb is not None and data.ub is not None:
+            crossed = (data.lb > data.ub).any(-1).expand(batch)
+            status = torch.where(crossed, int(Status.INFEASIBLE), status).to(torch.int8)
+        if self.check_every and batch:
+            outcome, factor, plural = _least_norm(data, program, outcome, factor, settings)
+            failed = status == int(Status.NOT_CONVERGED)
+            if checks.host_bool(failed.any()):
+                index = failed.nonzero().squeeze(-1)
+                why = infeasibility.reasons(data.take(index), index.shape[0], settings)
+                status = status.index_copy(0, index, why)
+        converged = status == int(Status.CONVERGED)
+        z, y, bound = program.unscaled(outcome.z, outcome.y, outcome.bound)
         degenerate = outcome.weak * int(Degeneracy.WEAK)
         degenerate = degenerate + (factor.singular & 2 > 0) * int(Degeneracy.DEPENDENT)
-        degenerate = degenerate + (factor.singular & 1 > 0) * int(Degeneracy.PRIMAL)
-        status = torch.where(converged, int(Status.CONVERGED), int(Status.NOT_CONVERGED)).to(torch.int8)
+        degenerate = degenerate + (plural | (factor.singular & 1 > 0)) * int(Degeneracy.PRIMAL)
         info = SolveInfo(status, converged, outcome.iterations, outcome.residual)
         condition = condensed.condition(program, factor)
         return QPResult(
             z, y, bound, outcome.active, outcome.fixed, factor, degenerate.to(torch.int8), condition, info
         )
+
+
+def _factor(program: Program, outcome: Outcome) -> condensed.Factor:
+    """Factor the system on the active sets found."""
+    zero = program.p.new_zeros(1, 1)
+    held = (outcome.fixed != 0).to(zero.dtype)
+    return condensed.with_nullity(program, condensed.factorise_scaled(program, outcome.active, held, zero))
+
+
+def _least_norm(
+    data: Data, program: Program, outcome: Outcome, factor: condensed.Factor, settings: condensed_solve.Settings
+) -> tuple[Outcome, condensed.Factor, Tensor]:
+    """Where the minimiser is not unique, go to that of least norm; also tells where, (N,) bool."""
+    plural = torch.zeros_like(outcome.exact)
+    converged = outcome.residual <= settings.tol
+    doubtful = converged & optimal_face.doubtful(program, outcome, factor.singular)
+    if not checks.host_bool(doubtful.any()):
+        return outcome, factor, plural
+    index = doubtful.nonzero().squeeze(-1)
+    part, some = program.take(index), outcome.take(index)
+    free = optimal_face.undetermined(part, optimal_face.held(part, some)).nonzero().squeeze(-1)
+    if not free.numel():
+        return outcome, factor, plural
+    index, part, some = index[free], part.take(free), some.take(free)
+    moved, other = optimal_face.nearest(data.take(index), part, some, settings)
+    plural[index] = other
+    outcome = outcome.replace(index, moved)
+    return outcome, _factor(program, outcome), plural

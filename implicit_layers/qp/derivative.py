@@ -34,12 +34,23 @@ from implicit_layers.qp.run import KKT_EVENT_NDIM, Outcome, Settings, factor_eve
 
 
 class _ReverseKKT(torch.autograd.Function):
-    """(Q, A, G, r_z, r_nu, r_lam, r_bound, degenerate, factors...) to (u_z, u_nu, u_lam, u_bound), where K u = r."""
+    """(Q, A, G, r_z, r_nu, r_lam, r_bound, degenerate, active set) to (u_z, u_nu, u_lam, u_bound), where K u = r."""
 
     @staticmethod
-    def forward(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
-        solve = operators.solve_kkt if torch.compiler.is_compiling() else solve_kkt
-        return solve(settings, *tensors)
+    def forward(  # one by one: with *tensors the compiler does not know whether there is a context
+        settings: Settings,
+        Q: Tensor,
+        A: Tensor,
+        G: Tensor,
+        r_z: Tensor,
+        r_nu: Tensor,
+        r_lam: Tensor,
+        r_bound: Tensor,
+        degenerate: Tensor,
+        active: Tensor,
+        fixed: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return operators.solve_kkt(settings, Q, A, G, r_z, r_nu, r_lam, r_bound, degenerate, active, fixed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -64,7 +75,11 @@ class _ReverseKKT(torch.autograd.Function):
 
 
 class _KKTSolve(_ReverseKKT):
-    """The same, for forward mode and `vmap` too."""
+    """The same with any kind of factor instead of the active set, for forward mode and `vmap` too."""
+
+    @staticmethod
+    def forward(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return solve_kkt(settings, *tensors)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -101,9 +116,19 @@ class _ReverseQP(torch.autograd.Function):
     """(Q, p, A, b, G, h, lb, ub) to the fields of `run.Outcome`, of which z, nu, lam and bound have derivatives."""
 
     @staticmethod
-    def forward(settings: Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        settings: Settings,
+        Q: Tensor,
+        p: Tensor,
+        A: Tensor,
+        b: Tensor,
+        G: Tensor,
+        h: Tensor,
+        lb: Tensor | None,
+        ub: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         solve = operators.run if torch.compiler.is_compiling() else run
-        return solve(settings, *tensors).flat()
+        return solve(settings, Q, p, A, b, G, h, lb, ub).flat()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks, transforms
+from implicit_layers.eager import uncompiled
 from implicit_layers.errors import DegenerateGradientWarning, warn
 from implicit_layers.kkt import condensed, quadratic
 from implicit_layers.kkt.program import Data, relative_residual
@@ -87,6 +88,7 @@ class Outcome(NamedTuple):
         return *single, *smooth, *factor
 
 
+@uncompiled
 def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Outcome:
     """Solve a batch of programs; the tensors are those of `arguments.Program`.
 
@@ -163,6 +165,7 @@ def _derivative_at(
     return smooth, (point.stiffness_lb / whole, point.stiffness_ub / whole), tuple(made)
 
 
+@uncompiled
 def solve_kkt(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Solve the KKT system on the active set, K u = r.
 

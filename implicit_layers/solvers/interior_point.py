@@ -132,7 +132,7 @@ class InteriorPoint:
         program = Program.of(data)
         settings = condensed_solve.Settings(tol, self.max_iter, self.check_every)
         outcome = condensed_solve.solve(program, batch, settings)
-        factor = _factor(program, outcome)
+        factor = _factor(program, outcome, ask=self.check_every > 0)
         plural = torch.zeros_like(outcome.exact)
         converged = outcome.residual <= tol
         status = torch.where(converged, int(Status.CONVERGED), int(Status.NOT_CONVERGED)).to(torch.int8)
@@ -158,11 +158,12 @@ class InteriorPoint:
         )
 
 
-def _factor(program: Program, outcome: Outcome) -> condensed.Factor:
+def _factor(program: Program, outcome: Outcome, *, ask: bool) -> condensed.Factor:
     """Factor the system on the active sets found."""
     zero = program.p.new_zeros(1, 1)
     held = (outcome.fixed != 0).to(zero.dtype)
-    return condensed.with_nullity(program, condensed.factorise_scaled(program, outcome.active, held, zero))
+    factor = condensed.factorise_scaled(program, outcome.active, held, zero)
+    return condensed.with_nullity(program, factor, ask=ask)
 
 
 def _least_norm(
@@ -180,7 +181,7 @@ def _least_norm(
     if not free.numel():
         return outcome, factor, plural
     index, part, some = index[free], part.take(free), some.take(free)
-    moved, other = optimal_face.nearest(data.take(index), part, some, settings)
+    moved, other = optimal_face.nearest(data.take(index), part, some, factor.singular[index], settings)
     plural[index] = other
     outcome = outcome.replace(index, moved)
-    return outcome, _factor(program, outcome), plural
+    return outcome, _factor(program, outcome, ask=True), plural

@@ -76,7 +76,7 @@ def factorise(
     """Factor the KKT system on an active set, from nothing else; no host synchronisation."""
     if compliance is not None:
         data = data._replace(compliance=compliance)
-    program = Program.of(data)
+    program = Program.of(data, stiffness)
     column, _, cost = program.scaling
     zero = data.p.new_zeros(1, 1)
     scaled = zero if stiffness is None else stiffness * cost * column**2

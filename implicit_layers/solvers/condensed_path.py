@@ -168,6 +168,11 @@ def progress(program: Program, state: State) -> Progress:
     return Progress(at, measure, torch.stack(torch.broadcast_tensors(*parts)).amax(0))
 
 
+def mean_product(state: State) -> Tensor:  # -> (k,)
+    """Average λ∘s over the constraints that are there."""
+    return _mean(state, state.lam * state.s)
+
+
 def _mean(state: State, products: Tensor) -> Tensor:  # (k, c) -> (k,)
     """Average over the constraints that are there; 0 where there are none."""
     return (state.there * products).sum(-1) / state.there.sum(-1).clamp(min=1.0)

@@ -20,8 +20,9 @@ from implicit_layers.errors import ArgumentError
 from implicit_layers.kkt import condensed, quadratic
 from implicit_layers.kkt.program import Data, Program
 from implicit_layers.solution import SolveInfo, Status
-from implicit_layers.solvers import active_set, condensed_solve, dual_path, infeasibility, optimal_face
+from implicit_layers.solvers import active_set, central_point, condensed_solve, dual_path, infeasibility, optimal_face
 from implicit_layers.solvers.active_set import Degeneracy
+from implicit_layers.solvers.central_point import BarrierPoint
 from implicit_layers.solvers.condensed_solve import Outcome
 
 _MANY_ROWS = 2.0  # inequality rows for each unknown, beyond which the condensed form is faster
@@ -98,6 +99,17 @@ class InteriorPoint:
                 return self._solve_dual(data, batch, chol_q)
         return self._solve_condensed(data, batch)
 
+    @torch.no_grad()
+    def solve_barrier(self, data: Data, batch: int, barrier: Tensor | float) -> BarrierPoint:
+        """Find the minimiser of ½ zᵀQz + pᵀz − μ Σ log(slack of every inequality and bound) on A z = b.
+
+        `barrier` is μ > 0, a number or (N,). No Q is refused, and no certificate looked for where there is none.
+        """
+        if self.precision == "mixed":
+            data = data.to(torch.float64)
+        mu = torch.as_tensor(barrier, dtype=data.p.dtype, device=data.p.device).expand(batch)
+        return central_point.solve(data, batch, mu, self.max_iter, self.check_every)
+
     def _dual_form_applies(self, data: Data) -> Tensor | None:
         """Tell whether the dual form solves these programs, and well: the factor of Q, or None."""
         n, m = data.Q.shape[-1], data.E.shape[-2]
@@ -136,9 +148,7 @@ class InteriorPoint:
         plural = torch.zeros_like(outcome.exact)
         converged = outcome.residual <= tol
         status = torch.where(converged, int(Status.CONVERGED), int(Status.NOT_CONVERGED)).to(torch.int8)
-        if data.lb is not None and data.ub is not None:
-            crossed = (data.lb > data.ub).any(-1).expand(batch)
-            status = torch.where(crossed, int(Status.INFEASIBLE), status).to(torch.int8)
+        status = torch.where(data.impossible(batch), int(Status.INFEASIBLE), status).to(torch.int8)
         if self.check_every and batch:
             outcome, factor, plural = _least_norm(data, program, outcome, factor, settings)
             failed = status == int(Status.NOT_CONVERGED)

@@ -59,7 +59,7 @@ def solve(data: Data, batch: int, mu: Tensor, max_iter: int, check_every: int) -
         if count == max_iter or (check_every and count % check_every == 0 and not checks.host_bool(running.any())):
             break
         mean = condensed_path.mean_product(state).unsqueeze(-1)
-        state = condensed_path.step(program, state, running, reached.measure, torch.maximum(target, _SHRINK * mean))
+        state = condensed_path.step(program, state, running, reached, torch.maximum(target, _SHRINK * mean))
     state = best
     y, bound = condensed_path.duals(program, state)
     bound = torch.where(program.pinned, -program.gradient(state.z, y), bound)

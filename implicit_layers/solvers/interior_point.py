@@ -27,6 +27,9 @@ from implicit_layers.solvers.condensed_solve import Outcome
 
 _MANY_ROWS = 2.0  # inequality rows for each unknown, beyond which the condensed form is faster
 
+_SUSPECT = 1e4  # times eps: a residual above which an answer must not be one of a program that has none
+_POOR = 1e-11  # a residual of the dual form above which the condensed form has a try
+
 
 class QPResult(NamedTuple):
     """Points, duals, active sets, factor and outcome of a batch of programs, in one batch dimension."""
@@ -134,8 +137,40 @@ class InteriorPoint:
         condition = quadratic.condition(factor).expand(batch)
         condition = torch.where(answers.degenerate & int(Degeneracy.DEPENDENT) > 0, torch.inf, condition)
         zero = torch.zeros_like(answers.z)
-        return QPResult(
+        result = QPResult(
             answers.z, answers.y, zero, answers.active, zero, factor, answers.degenerate, condition, info
+        )
+        poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | (answers.residual > min(tol, _POOR)))
+        if self.form == "dual" or not batch or not checks.host_bool(poor.any()):
+            return result
+        return self._rescue(data, batch, result, poor.nonzero().squeeze(-1))
+
+    def _rescue(self, data: Data, batch: int, result: QPResult, index: Tensor) -> QPResult:
+        """Solve some programs again in the condensed form; where that is better, all go on in it."""
+        part = data.take(index)
+        again = self._solve_condensed(part, index.shape[0])
+        old = result.info.residual[index]
+        better = again.info.converged & (again.info.residual < 0.1 * old)
+        better = better | (~result.info.converged[index] & (again.info.status != int(Status.NOT_CONVERGED)))
+        if not checks.host_bool(better.any()):
+            return result
+        to = index[better]
+
+        def merge(old: Tensor, new: Tensor) -> Tensor:
+            return old.index_copy(0, to, new[better])
+
+        active = merge(result.active, again.active)
+        factor = condensed.factorise(data, active, torch.zeros_like(result.z))
+        return QPResult(
+            merge(result.z, again.z),
+            merge(result.y, again.y),
+            result.bound,
+            active,
+            result.fixed,
+            factor,
+            merge(result.degenerate, again.degenerate),
+            merge(result.condition, again.condition),
+            SolveInfo(*(merge(a, b) for a, b in zip(result.info, again.info, strict=True))),
         )
 
     def _solve_condensed(self, data: Data, batch: int) -> QPResult:
@@ -151,10 +186,11 @@ class InteriorPoint:
         status = torch.where(data.impossible(batch), int(Status.INFEASIBLE), status).to(torch.int8)
         if self.check_every and batch:
             outcome, factor, plural = _least_norm(data, program, outcome, factor, settings)
-            failed = status == int(Status.NOT_CONVERGED)
-            if checks.host_bool(failed.any()):
-                index = failed.nonzero().squeeze(-1)
+            suspect = (status != int(Status.INFEASIBLE)) & (outcome.residual > min(tol, _SUSPECT * _eps(data)))
+            if checks.host_bool(suspect.any()):  # far from the origin everything is small relative to the point
+                index = suspect.nonzero().squeeze(-1)
                 why = infeasibility.reasons(data.take(index), index.shape[0], settings)
+                why = torch.where(why == int(Status.NOT_CONVERGED), status[index], why)
                 status = status.index_copy(0, index, why)
         converged = status == int(Status.CONVERGED)
         z, y, bound = program.unscaled(outcome.z, outcome.y, outcome.bound)
@@ -166,6 +202,11 @@ class InteriorPoint:
         return QPResult(
             z, y, bound, outcome.active, outcome.fixed, factor, degenerate.to(torch.int8), condition, info
         )
+
+
+def _eps(data: Data) -> float:
+    """Give the rounding of the data's dtype."""
+    return torch.finfo(data.p.dtype).eps
 
 
 def _factor(program: Program, outcome: Outcome, *, ask: bool) -> condensed.Factor:

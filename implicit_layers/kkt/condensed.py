@@ -32,7 +32,8 @@ from implicit_layers.kkt.program import Data, Program
 
 REFINE = 4  # refinement steps where nothing is singular, those of `solve` besides
 _NULL = 1e-3  # the part of a made-up vector that must be in a null space for it to be there
-_POWER = 6  # of (K + R)⁻¹R, as the projection on the null space
+_CLEAN = 4  # steps that take the rest of the space off a vector of the null space
+Image = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # v to K v, in two parts
 
 
 class Regularisation(NamedTuple):
@@ -75,13 +76,13 @@ def factorise(
     """Factor the KKT system on an active set, from nothing else; no host synchronisation."""
     if compliance is not None:
         data = data._replace(compliance=compliance)
-    program = Program.of(data)
+    program = Program.of(data, stiffness)
     column, _, cost = program.scaling
     zero = data.p.new_zeros(1, 1)
     scaled = zero if stiffness is None else stiffness * cost * column**2
     held = active.to(data.p.dtype)
     held = held * program.rows.to(held.dtype)
-    return with_nullity(program, factorise_scaled(program, held, (fixed != 0).to(held.dtype), scaled))
+    return with_nullity(program, factorise_scaled(program, held, (fixed != 0).to(held.dtype), scaled), ask=False)
 
 
 def factorise_scaled(program: Program, active: Tensor, fixed: Tensor, stiffness: Tensor) -> Factor:
@@ -127,7 +128,7 @@ def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Ten
 def refined(
     factor: Factor,
     E: Tensor,
-    image: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    image: Image,
     r_z: Tensor,
     r_y: Tensor,
     steps: int,
@@ -161,34 +162,54 @@ def refined(
     return u[:, :n], u[:, n:]
 
 
-def null_part(factor: Factor, E: Tensor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
-    """Project on the null space of K, in scaled units: (K + R)⁻¹R, to a power that leaves nothing else."""
+def null_part(factor: Factor, E: Tensor, image: Image, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Project on the null space of K, in scaled units: (K + R)⁻¹R twice, then off with what K still sees."""
+    v_z, v_y = _towards_null(factor, E, v_z, v_y)
+    off_z, off_y = refined(factor, E, image, *image(v_z, v_y), _CLEAN)
+    return v_z - off_z, v_y - off_y
+
+
+def _towards_null(factor: Factor, E: Tensor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply (K + R)⁻¹R twice."""
     rho, delta = regularisation(factor.chol.dtype)
-    for _ in range(_POWER):
+    for _ in range(2):
         v_z, v_y = solve_once(factor, E, rho * v_z, -delta * v_y)
     return v_z, v_y
 
 
-def with_nullity(program: Program, factor: Factor) -> Factor:
-    """Look whether the system is singular, from one fixed vector that no null space is likely to be orthogonal to."""
+def with_nullity(program: Program, factor: Factor, *, ask: bool) -> Factor:
+    """Look whether the system is singular, from one fixed vector that no null space is likely to be orthogonal to.
+
+    `ask`: look closer only where the host sees that some system may be.
+    """
     batch, n, m = factor.active.shape[0], factor.fixed.shape[-1], factor.active.shape[-1]
     free = 1.0 - factor.fixed
     v_z = free * _probe(n, factor.chol).expand(batch, n)
     v_y = factor.active * _probe(m, factor.chol).expand(batch, m)
     plain = factor._replace(column=torch.ones_like(factor.column), row=torch.ones_like(factor.row))
-    u_z, u_y = null_part(plain, program.E, v_z, v_y)
-    exact = factor.chol.dtype == torch.float64
-    norm = torch.linalg.vector_norm
-    curved = norm(free * quadratic.matvec(program.Q, u_z) + factor.stiffness * u_z, dim=-1)
-    moved = norm(factor.active * quadratic.matvec(program.E, u_z), dim=-1)
-    length = norm(u_z, dim=-1)
-    primal = (length > _NULL * norm(v_z, dim=-1)) & (curved < (1e-11 if exact else 1e-5) * length)
-    primal = primal & (moved < (1e-9 if exact else 1e-4) * length)
-    pulled = norm(free * quadratic.transposed_matvec(program.E, u_y), dim=-1)
-    yielding = norm(factor.compliance * u_y, dim=-1)
-    length = norm(u_y, dim=-1)
-    dual = (length > _NULL * norm(v_y, dim=-1)) & (pulled + yielding < (1e-9 if exact else 1e-4) * length)
+
+    def length(u_z: Tensor, u_y: Tensor) -> Tensor:  # -> (2, N), relative
+        pairs = ((u_z, v_z), (u_y, v_y))
+        parts = [torch.linalg.vector_norm(u, dim=-1) / torch.linalg.vector_norm(v, dim=-1) for u, v in pairs]
+        return torch.nan_to_num(torch.stack(parts), nan=0.0)
+
+    u_z, u_y = _towards_null(plain, program.E, v_z, v_y)
+    if ask and not checks.host_bool((length(u_z, u_y) > _NULL).any()):
+        return factor
+
+    def image(s_z: Tensor, s_y: Tensor) -> tuple[Tensor, Tensor]:
+        return scaled_image(program, factor, s_z, s_y)
+
+    off_z, off_y = refined(plain, program.E, image, *image(u_z, u_y), _CLEAN)
+    primal, dual = length(u_z - off_z, u_y - off_y) > _NULL
     return factor._replace(singular=primal.to(torch.int8) + 2 * dual.to(torch.int8))
+
+
+def scaled_image(program: Program, factor: Factor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply K v, all scaled."""
+    inside = quadratic.matvec(program.Q, v_z) + quadratic.transposed_matvec(program.E, v_y) + factor.stiffness * v_z
+    rows = quadratic.matvec(program.E, v_z) - factor.compliance * v_y
+    return (1.0 - factor.fixed) * inside, factor.active * rows
 
 
 def _probe(size: int, like: Tensor) -> Tensor:  # -> (1, size)
@@ -223,7 +244,7 @@ def solve(
         inside = quadratic.matvec(Q, u_z) + quadratic.transposed_matvec(E, u_y) + pull * u_z
         return free * cost * column * inside, factor.active * row * (quadratic.matvec(E, u_z) - compliance * u_y)
 
-    def scaled_image(s_z: Tensor, s_y: Tensor) -> tuple[Tensor, Tensor]:
+    def inner(s_z: Tensor, s_y: Tensor) -> tuple[Tensor, Tensor]:
         return image(column * s_z, row * s_y / cost)
 
     i_z, i_y = image(fixed_z, torch.zeros_like(r_y))
@@ -232,18 +253,18 @@ def solve(
     if project is None:
         project = checks.host_bool((factor.singular > 0).any())
     if project:
-        right_z, right_y = _without_null(factor, E, right_z, right_y)
-    s_z, s_y = refined(factor, E, scaled_image, right_z, right_y, REFINE + refine)
+        right_z, right_y = _without_null(factor, E, inner, right_z, right_y)
+    s_z, s_y = refined(factor, E, inner, right_z, right_y, REFINE + refine)
     if project:
-        s_z, s_y = _without_null(factor, E, s_z, s_y)
+        s_z, s_y = _without_null(factor, E, inner, s_z, s_y)
     u_z, u_y = torch.where(free > 0, column * s_z, fixed_z), row * s_y / cost
     reaction = r_z - quadratic.matvec(Q, u_z) - quadratic.transposed_matvec(E, u_y)
     return u_z, u_y, torch.where(free > 0, pull * (u_z - at), reaction)
 
 
-def _without_null(factor: Factor, E: Tensor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+def _without_null(factor: Factor, E: Tensor, image: Image, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
     """Take the null space off where there is one, in scaled units."""
-    n_z, n_y = null_part(factor, E, v_z, v_y)
+    n_z, n_y = null_part(factor, E, image, v_z, v_y)
     primal, dual = (factor.singular & 1).unsqueeze(-1) > 0, (factor.singular & 2).unsqueeze(-1) > 0
     return torch.where(primal, v_z - n_z, v_z), torch.where(dual, v_y - n_y, v_y)
 
@@ -255,9 +276,7 @@ def condition(program: Program, factor: Factor, iterations: int = 4) -> Tensor: 
     plain = factor._replace(column=torch.ones_like(factor.column), row=torch.ones_like(factor.row))
 
     def image(v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
-        inside = quadratic.matvec(program.Q, v_z) + quadratic.transposed_matvec(program.E, v_y)
-        rows = quadratic.matvec(program.E, v_z) - factor.compliance * v_y
-        return free * (inside + factor.stiffness * v_z), factor.active * rows
+        return scaled_image(program, factor, v_z, v_y)
 
     def inverse(v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
         return solve_once(plain, program.E, v_z, v_y)

@@ -43,6 +43,19 @@ class Data(NamedTuple):
         return Data(*(field.to(dtype) if isinstance(field, Tensor) else field for field in self))
 
 
+    def impossible(self, batch: int) -> Tensor:  # -> (N,) bool
+        """Tell where a single constraint cannot be satisfied: bounds that cross, or at the wrong infinity."""
+        inequality = torch.arange(self.f.shape[-1], device=self.f.device) >= self.n_eq
+        empty = ((self.f == -torch.inf) | (~inequality & torch.isinf(self.f))).any(-1)
+        if self.lb is not None:
+            empty = empty | (self.lb == torch.inf).any(-1)
+        if self.ub is not None:
+            empty = empty | (self.ub == -torch.inf).any(-1)
+        if self.lb is not None and self.ub is not None:
+            empty = empty | (self.lb > self.ub).any(-1)
+        return empty.expand(batch)
+
+
 class Scaling(NamedTuple):
     """Powers of two: z = column ∘ z̃, rows times `row`, cost times `cost`."""
 
@@ -70,17 +83,20 @@ class Program(NamedTuple):
     bounded: bool  # whether any program may have bounds
 
     @staticmethod
-    def of(data: Data) -> Program:
-        """Scale the programs and take their infinities out."""
-        scaling = equilibrate(data.Q, data.E)
-        column, row, cost = scaling
+    def of(data: Data, stiffness: Tensor | None = None) -> Program:
+        """Scale the programs and take their infinities out; elastic rows and stiff coordinates in units of their own."""
+        column, row, cost = equilibrate(data.Q, data.E)
+        if data.compliance is not None:
+            row = row * _power_of_two((1.0 + data.compliance * row**2 / cost).rsqrt())
+        if stiffness is not None:
+            column = column * _power_of_two((1.0 + stiffness * column**2 * cost).rsqrt())
+        scaling = Scaling(column, row, cost)
         n = data.Q.shape[-1]
         rows = torch.isfinite(data.f)
-        rows = rows | (torch.arange(rows.shape[-1], device=rows.device) < data.n_eq)
         none = data.p.new_zeros(1, n)
         lb = none - torch.inf if data.lb is None else data.lb
         ub = none + torch.inf if data.ub is None else data.ub
-        has_lb, has_ub = lb > -torch.inf, ub < torch.inf
+        has_lb, has_ub = torch.isfinite(lb), torch.isfinite(ub)
         pinned = has_lb & has_ub & (lb >= ub)
         compliance = data.p.new_zeros(1, 1) if data.compliance is None else data.compliance
         return Program(

@@ -28,6 +28,7 @@ _FACTORS: dict[int, tuple[Any, tuple[int, ...]]] = {
     len(form._fields): (form, events)
     for form, events in ((quadratic.Factor, quadratic.EVENT_NDIM), (condensed.Factor, condensed.EVENT_NDIM))
 }
+_NO_INSIDE = 'gradient="smoothed" also needs a point that satisfies every inequality strictly.'
 _ACTIVE_SET = (1, 1)  # a factor that is not one yet: active rows and fixed unknowns
 
 
@@ -113,8 +114,8 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         if dtype != result.z.dtype:  # judge what is returned, not what was rounded away
             rounded = relative_residual(data, *(t.to(result.z.dtype) for t in (z, y, bound)))
             residual = torch.maximum(residual, rounded)
-        smooth, pulls, made = _derivative_at(settings, data, batch.numel(), result, factor)
-    representable = torch.isfinite(z).all(-1) & torch.isfinite(y).all(-1) & torch.isfinite(bound).all(-1)
+        smooth, pulls, made, central = _derivative_at(settings, data, batch.numel(), result, factor)
+    representable = torch.isfinite(z).all(-1) & torch.isfinite(y).all(-1) & torch.isfinite(bound).all(-1) & central
     status = result.info.status
     failed = torch.where(status == int(Status.CONVERGED), int(Status.NOT_CONVERGED), status)
     status = torch.where(representable, status, failed).to(torch.int8)
@@ -131,7 +132,7 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         bound,
         pull_lb,
         pull_ub,
-        result.degenerate.reshape(batch),
+        torch.where(converged, result.degenerate, 0).to(torch.int8).reshape(batch),
         result.condition.to(dtype).reshape(batch),
         status.reshape(batch),
         converged.reshape(batch),
@@ -141,28 +142,34 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         tuple(quadratic.expand(t, k, batch) for t, k in zip(made, factor_event_ndim(len(made)), strict=True)),
     )
     report_failure(
-        outcome.info, settings.on_failure, what="solve_qp", tol=solver.tolerance(dtype), max_iter=solver.max_iter
+        outcome.info,
+        settings.on_failure,
+        what="solve_qp",
+        tol=solver.tolerance(dtype),
+        max_iter=solver.max_iter,
+        hint=_NO_INSIDE if settings.gradient == "smoothed" else "",
     )
     return outcome
 
 
 def _derivative_at(
     settings: Settings, data: Data, batch: int, result: QPResult, factor: bool
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-    """Say where the derivative is taken, which bounds pull how, and with what factor."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor], tuple[Tensor, ...], Tensor]:
+    """Say where the derivative is taken, which bounds pull how, with what factor, and whether there is such a point."""
     if settings.gradient != "smoothed":
         pulls = ((result.fixed < 0).to(result.z.dtype), (result.fixed > 0).to(result.z.dtype))
-        return (), pulls, tuple(result.factor) if factor else (result.active, result.fixed)
+        return (), pulls, tuple(result.factor) if factor else (result.active, result.fixed), result.info.converged
     point = settings.solver.solve_barrier(data, batch, settings.smoothing)
-    stiffness = point.stiffness_lb + point.stiffness_ub
-    whole = torch.where(stiffness > 0, stiffness, 1.0)
-    every = torch.ones_like(point.y)
-    made = condensed.factorise(
-        data, every, torch.zeros_like(point.z), compliance=point.compliance, stiffness=stiffness
+    whole = torch.where(point.stiffness > 0, point.stiffness, 1.0)
+    pulls = (
+        torch.where(point.fixed != 0, point.fixed < 0, point.stiffness_lb / whole),
+        torch.where(point.fixed != 0, point.fixed > 0, point.stiffness_ub / whole),
     )
-    n_eq = data.n_eq
-    smooth = (point.z, point.y[:, :n_eq], point.y[:, n_eq:])
-    return smooth, (point.stiffness_lb / whole, point.stiffness_ub / whole), tuple(made)
+    made = condensed.factorise(
+        data, point.active, point.fixed, compliance=point.compliance, stiffness=point.stiffness
+    )
+    smooth = (point.z, point.y[:, : data.n_eq], point.y[:, data.n_eq :])
+    return smooth, pulls, tuple(made), point.converged
 
 
 @uncompiled

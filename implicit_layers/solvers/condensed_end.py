@@ -84,9 +84,8 @@ def solve_on(program: Program, tried: Guess, *, tol: float, sign_tol: float, ref
     z = torch.where(fixed > 0, program.ub, torch.where(fixed < 0, program.lb, tried.z))
     y = active * tried.y
 
-    def image(v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:  # K v
-        inside = quadratic.matvec(program.Q, v_z) + quadratic.transposed_matvec(program.E, v_y)
-        return free * inside, active * (quadratic.matvec(program.E, v_z) - program.compliance * v_y)
+    def image(v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+        return condensed.scaled_image(program, factor, v_z, v_y)
 
     left = -free * program.gradient(z, y)
     rows = active * (program.f - quadratic.matvec(program.E, z) + program.compliance * y)

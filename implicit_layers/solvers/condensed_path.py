@@ -23,6 +23,7 @@ from implicit_layers.kkt.program import Point, Program, judge, smallest_side
 
 _TO_BOUNDARY = 0.995
 _SHORTEST = 1e-8  # a shorter step means that the iteration is stuck
+_PATIENCE = 12  # so many iterations without gain, too
 
 
 class State(NamedTuple):
@@ -37,6 +38,8 @@ class State(NamedTuple):
     caution: Tensor  # (k,): factor on ρ and δ, raised where the Cholesky factor breaks down
     iterations: Tensor  # (k,) int64
     stuck: Tensor  # (k,) bool
+    best: Tensor  # (k,): the smallest merit so far
+    since: Tensor  # (k,) int64: iterations since it was last made smaller
 
     def take(self, index: Tensor) -> State:
         """Keep some programs."""
@@ -140,15 +143,20 @@ def start(program: Program, batch: int) -> State:
         p.new_ones(batch),
         torch.zeros(batch, dtype=torch.int64, device=device),
         torch.zeros(batch, dtype=torch.bool, device=device),
+        p.new_full((batch,), torch.inf),
+        torch.zeros(batch, dtype=torch.int64, device=device),
     )
 
 
 class Progress(NamedTuple):
     """How far a state is: what a step needs, and its judgement."""
 
-    at: Point
     measure: Tensor  # (k,): mean of λ∘s relative to the units of the program
     infeasibility: Tensor  # (k,): of the linear equations, relative
+
+    def take(self, index: Tensor) -> Progress:
+        """Keep some programs."""
+        return Progress(*(field[index] for field in self))
 
 
 def progress(program: Program, state: State) -> Progress:
@@ -165,7 +173,12 @@ def progress(program: Program, state: State) -> Progress:
     off = state.there * (offset - cone_image(program, state.z) + yielded / state.balance - state.s)
     off = off / torch.maximum(state.s, unit.unsqueeze(-1))
     parts = (quadratic.largest(part) for part in (stationarity, rows, off))
-    return Progress(at, measure, torch.stack(torch.broadcast_tensors(*parts)).amax(0))
+    return Progress(measure, torch.stack(torch.broadcast_tensors(*parts)).amax(0))
+
+
+def mean_product(state: State) -> Tensor:  # -> (k,)
+    """Average λ∘s over the constraints that are there."""
+    return _mean(state, state.lam * state.s)
 
 
 def _mean(state: State, products: Tensor) -> Tensor:  # (k, c) -> (k,)
@@ -173,9 +186,12 @@ def _mean(state: State, products: Tensor) -> Tensor:  # (k, c) -> (k,)
     return (state.there * products).sum(-1) / state.there.sum(-1).clamp(min=1.0)
 
 
-def step(program: Program, state: State, running: Tensor, measure: Tensor, barrier: Tensor | None = None) -> State:
+def step(
+    program: Program, state: State, running: Tensor, reached: Progress, barrier: Tensor | None = None
+) -> State:
     """Take one predictor–corrector step where `running`; towards λ∘s = barrier (k, 1) where that is given."""
-    z, nu, s, lam, there, balance, caution, iterations, stuck = state
+    z, nu, s, lam, there, balance, caution, iterations, stuck, best, since = state
+    measure = reached.measure
     n, n_eq, batch = z.shape[-1], program.n_eq, z.shape[0]
     n_ineq = program.E.shape[-2] - n_eq
     floor_rho, floor_delta = 1e-9, 1e-9
@@ -238,6 +254,10 @@ def step(program: Program, state: State, running: Tensor, measure: Tensor, barri
 
     broken = running & ~sound
     caution = torch.where(broken, caution * 100.0, torch.where(running, (caution * 0.3).clamp(min=1.0), caution))
+    merit = torch.maximum(measure, reached.infeasibility)
+    gains = merit < 0.9 * best
+    best, since = torch.where(gains, merit, best), torch.where(gains, 0, since + running)
+    stuck = stuck | (since > _PATIENCE) if barrier is None else stuck
     return State(
         forward(z, d_z),
         forward(nu, d_nu),
@@ -248,6 +268,8 @@ def step(program: Program, state: State, running: Tensor, measure: Tensor, barri
         caution,
         iterations + running,
         stuck | (running & sound & ~ok) | (broken & (caution > 1e8)),
+        best,
+        since,
     )
 
 

@@ -166,7 +166,7 @@ def _without_questions(
     for _ in range(settings.max_iter):
         reached = condensed_path.progress(program, state)
         running = ~_done(reached, target) & ~state.stuck
-        state = condensed_path.step(program, state, running, reached.measure)
+        state = condensed_path.step(program, state, running, reached)
     for phase in phases[-2:]:
         tried = condensed_end.guess(program, state, balanced=phase.balanced, near=phase.near)
         for _ in range(phase.rounds):
@@ -199,7 +199,6 @@ def _advance(program: Program, state: State, target: float, settings: Settings) 
     while True:
         reached = condensed_path.progress(part, state)
         running = ~_done(reached, target) & ~state.stuck & (state.iterations < settings.max_iter)
-        measure = reached.measure
         if count % settings.check_every == 0:
             at_work = checks.host_int(running.sum())
             if at_work == 0 or at_work <= 0.75 * running.shape[0]:
@@ -208,6 +207,7 @@ def _advance(program: Program, state: State, target: float, settings: Settings) 
                     return whole
                 pick = running.nonzero().squeeze(-1)
                 rows = pick if rows is None else rows[pick]
-                part, state, measure, running = part.take(pick), state.take(pick), measure[pick], running[pick]
-        state = condensed_path.step(part, state, running, measure)
+                part, state, running = part.take(pick), state.take(pick), running[pick]
+                reached = reached.take(pick)
+        state = condensed_path.step(part, state, running, reached)
         count += 1

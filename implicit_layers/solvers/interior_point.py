@@ -20,10 +20,14 @@ from implicit_layers.errors import ArgumentError
 from implicit_layers.kkt import condensed, quadratic
 from implicit_layers.kkt.program import Data, Program
 from implicit_layers.solution import Degeneracy, SolveInfo, Status
-from implicit_layers.solvers import active_set, condensed_solve, dual_path, infeasibility, optimal_face
+from implicit_layers.solvers import active_set, central_point, condensed_solve, dual_path, infeasibility, optimal_face
+from implicit_layers.solvers.central_point import BarrierPoint
 from implicit_layers.solvers.condensed_solve import Outcome
 
 _MANY_ROWS = 2.0  # inequality rows for each unknown, beyond which the condensed form is faster
+
+_SUSPECT = 1e4  # times eps: a residual above which an answer must not be one of a program that has none
+_POOR = 1e-11  # a residual of the dual form above which the condensed form has a try
 
 
 class QPResult(NamedTuple):
@@ -97,6 +101,17 @@ class InteriorPoint:
                 return self._solve_dual(data, batch, chol_q)
         return self._solve_condensed(data, batch)
 
+    @torch.no_grad()
+    def solve_barrier(self, data: Data, batch: int, barrier: Tensor | float) -> BarrierPoint:
+        """Find the minimiser of ½ zᵀQz + pᵀz − μ Σ log(slack of every inequality and bound) on A z = b.
+
+        `barrier` is μ > 0, a number or (N,). No Q is refused, and no certificate looked for where there is none.
+        """
+        if self.precision == "mixed":
+            data = data.to(torch.float64)
+        mu = torch.as_tensor(barrier, dtype=data.p.dtype, device=data.p.device).expand(batch)
+        return central_point.solve(data, batch, mu, self.max_iter, self.check_every)
+
     def _dual_form_applies(self, data: Data) -> Tensor | None:
         """Tell whether the dual form solves these programs, and well: the factor of Q, or None."""
         n, m = data.Q.shape[-1], data.E.shape[-2]
@@ -121,8 +136,40 @@ class InteriorPoint:
         condition = quadratic.condition(factor).expand(batch)
         condition = torch.where(answers.degenerate & int(Degeneracy.DEPENDENT) > 0, torch.inf, condition)
         zero = torch.zeros_like(answers.z)
-        return QPResult(
+        result = QPResult(
             answers.z, answers.y, zero, answers.active, zero, factor, answers.degenerate, condition, info
+        )
+        poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | (answers.residual > min(tol, _POOR)))
+        if self.form == "dual" or not batch or not checks.host_bool(poor.any()):
+            return result
+        return self._rescue(data, batch, result, poor.nonzero().squeeze(-1))
+
+    def _rescue(self, data: Data, batch: int, result: QPResult, index: Tensor) -> QPResult:
+        """Solve some programs again in the condensed form; where that is better, all go on in it."""
+        part = data.take(index)
+        again = self._solve_condensed(part, index.shape[0])
+        old = result.info.residual[index]
+        better = again.info.converged & (again.info.residual < 0.1 * old)
+        better = better | (~result.info.converged[index] & (again.info.status != int(Status.NOT_CONVERGED)))
+        if not checks.host_bool(better.any()):
+            return result
+        to = index[better]
+
+        def merge(old: Tensor, new: Tensor) -> Tensor:
+            return old.index_copy(0, to, new[better])
+
+        active = merge(result.active, again.active)
+        factor = condensed.factorise(data, active, torch.zeros_like(result.z))
+        return QPResult(
+            merge(result.z, again.z),
+            merge(result.y, again.y),
+            result.bound,
+            active,
+            result.fixed,
+            factor,
+            merge(result.degenerate, again.degenerate),
+            merge(result.condition, again.condition),
+            SolveInfo(*(merge(a, b) for a, b in zip(result.info, again.info, strict=True))),
         )
 
     def _solve_condensed(self, data: Data, batch: int) -> QPResult:
@@ -131,19 +178,18 @@ class InteriorPoint:
         program = Program.of(data)
         settings = condensed_solve.Settings(tol, self.max_iter, self.check_every)
         outcome = condensed_solve.solve(program, batch, settings)
-        factor = _factor(program, outcome)
+        factor = _factor(program, outcome, ask=self.check_every > 0)
         plural = torch.zeros_like(outcome.exact)
         converged = outcome.residual <= tol
         status = torch.where(converged, int(Status.CONVERGED), int(Status.NOT_CONVERGED)).to(torch.int8)
-        if data.lb is not None and data.ub is not None:
-            crossed = (data.lb > data.ub).any(-1).expand(batch)
-            status = torch.where(crossed, int(Status.INFEASIBLE), status).to(torch.int8)
+        status = torch.where(data.impossible(batch), int(Status.INFEASIBLE), status).to(torch.int8)
         if self.check_every and batch:
             outcome, factor, plural = _least_norm(data, program, outcome, factor, settings)
-            failed = status == int(Status.NOT_CONVERGED)
-            if checks.host_bool(failed.any()):
-                index = failed.nonzero().squeeze(-1)
+            suspect = (status != int(Status.INFEASIBLE)) & (outcome.residual > min(tol, _SUSPECT * _eps(data)))
+            if checks.host_bool(suspect.any()):  # far from the origin everything is small relative to the point
+                index = suspect.nonzero().squeeze(-1)
                 why = infeasibility.reasons(data.take(index), index.shape[0], settings)
+                why = torch.where(why == int(Status.NOT_CONVERGED), status[index], why)
                 status = status.index_copy(0, index, why)
         converged = status == int(Status.CONVERGED)
         z, y, bound = program.unscaled(outcome.z, outcome.y, outcome.bound)
@@ -157,11 +203,17 @@ class InteriorPoint:
         )
 
 
-def _factor(program: Program, outcome: Outcome) -> condensed.Factor:
+def _eps(data: Data) -> float:
+    """Give the rounding of the data's dtype."""
+    return torch.finfo(data.p.dtype).eps
+
+
+def _factor(program: Program, outcome: Outcome, *, ask: bool) -> condensed.Factor:
     """Factor the system on the active sets found."""
     zero = program.p.new_zeros(1, 1)
     held = (outcome.fixed != 0).to(zero.dtype)
-    return condensed.with_nullity(program, condensed.factorise_scaled(program, outcome.active, held, zero))
+    factor = condensed.factorise_scaled(program, outcome.active, held, zero)
+    return condensed.with_nullity(program, factor, ask=ask)
 
 
 def _least_norm(
@@ -179,7 +231,7 @@ def _least_norm(
     if not free.numel():
         return outcome, factor, plural
     index, part, some = index[free], part.take(free), some.take(free)
-    moved, other = optimal_face.nearest(data.take(index), part, some, settings)
+    moved, other = optimal_face.nearest(data.take(index), part, some, factor.singular[index], settings)
     plural[index] = other
     outcome = outcome.replace(index, moved)
-    return outcome, _factor(program, outcome), plural
+    return outcome, _factor(program, outcome, ask=True), plural

@@ -48,10 +48,10 @@ def undetermined(program: Program, sure: Held) -> Tensor:  # -> (k,) bool
     factor = condensed.factorise_scaled(
         program, sure.rows.to(dtype), sure.coordinates.to(dtype), program.p.new_zeros(1, 1)
     )
-    return condensed.with_nullity(program, factor).singular & 1 > 0
+    return condensed.with_nullity(program, factor, ask=True).singular & 1 > 0
 
 
-def nearest(data: Data, program: Program, outcome: Outcome, settings: Settings) -> tuple[Outcome, Tensor]:
+def nearest(data: Data, program: Program, outcome: Outcome, singular: Tensor, settings: Settings) -> tuple[Outcome, Tensor]:
     """Move to the minimiser of least norm; also tells where the minimiser is not unique, (k,) bool."""
     sure = held(program, outcome)
     z, _, _ = program.unscaled(outcome.z, outcome.y, outcome.bound)
@@ -64,6 +64,7 @@ def nearest(data: Data, program: Program, outcome: Outcome, settings: Settings) 
     tol = settings.tol if z.dtype != torch.float64 else min(settings.tol, 1e-9)
     better = (found.residual <= tol) & (at.residual <= torch.maximum(10 * outcome.residual, moved.new_tensor(tol)))
     far = torch.linalg.vector_norm(moved - outcome.z, dim=-1) > 1e-7 * torch.linalg.vector_norm(outcome.z, dim=-1)
+    far = far | (singular & 1 > 0)
     added = held(scaled, found)
     last = found.active.shape[-1] - (m - n_eq)
     rows = torch.cat([sure.rows[:, :n_eq], sure.rows[:, n_eq:] | (added.rows & (found.active > 0))[:, last:]], dim=-1)

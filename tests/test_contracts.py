@@ -230,7 +230,8 @@ def transform_table() -> str:
         for name in names:
             rows = [op for op in OPERATIONS if op.public_name == name]
             broken = [f"{op.name}: {op.exceptions[promise]}" for op in rows if promise in op.exceptions]
-            remarks = broken or ([BREAK] if promise == "`torch.compile`" and not rows[0].fullgraph else [])
+            breaks = dict(zip(("`torch.compile`", "`torch.compile` of `vmap`"), rows[0].breaks, strict=True))
+            remarks = broken or ([BREAK] if breaks.get(promise) else [])
             for remark in remarks:
                 if remark not in notes:
                     notes.append(remark)

@@ -225,9 +225,20 @@ def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Ten
 
 
 def solve(
-    factor: Factor, Q: Tensor, E: Tensor, r_z: Tensor, r_y: Tensor, r_bound: Tensor | None, refine: int
+    factor: Factor,
+    Q: Tensor,
+    E: Tensor,
+    r_z: Tensor,
+    r_y: Tensor,
+    r_bound: Tensor | None,
+    refine: int,
+    *,
+    project: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve the active-set system and refine against the matrices themselves; no bounds, so u_bound is zero."""
+    """Solve the active-set system and refine against the matrices themselves; no bounds, so u_bound is zero.
+
+    `project` is there for the other form: where rows depend on each other, the ridge of this factor does it.
+    """
     u_z, u_y = solve_once(factor, E, r_z, r_y)
     for _ in range(refine):
         left_z = r_z - matvec(Q, u_z) - transposed_matvec(E, u_y)

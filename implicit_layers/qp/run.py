@@ -180,9 +180,10 @@ def solve_kkt(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
     """
     Q, A, G, r_z, r_nu, r_lam, r_bound, degenerate, *factor = tensors
     batch, dtype, n_eq = r_z.shape[:-1], r_z.dtype, r_nu.shape[-1]
-    refine = REFINE_DEPENDENT
+    refine, project = REFINE_DEPENDENT, True
     if settings.gradient == "exact" and settings.synchronises:
-        refine = _warn_of_degeneracy(degenerate)
+        project = _warn_of_degeneracy(degenerate)
+        refine = REFINE_DEPENDENT if project else REFINE
     with transforms.full_precision(r_z.device):
         parts = [
             quadratic.unexpand(t, k, batch) for t, k in zip(factor, factor_event_ndim(len(factor)), strict=True)
@@ -200,7 +201,7 @@ def solve_kkt(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
             kind, _ = _FACTORS[len(parts)]
             form, made = (quadratic if kind is quadratic.Factor else condensed), kind(*parts)
         held = right_bound if right_bound.shape[-1] else None
-        u_z, u_y, u_bound = form.solve(made, Q, E, right_z, right_y, held, refine)
+        u_z, u_y, u_bound = form.solve(made, Q, E, right_z, right_y, held, refine, project=project)
         if held is None:
             u_bound = u_bound[:, :0]
     u_nu, u_lam = u_y.to(dtype).reshape(*batch, u_y.shape[-1]).split([n_eq, r_lam.shape[-1]], dim=-1)
@@ -236,10 +237,10 @@ def stack_rows(A: Tensor, G: Tensor) -> Tensor:
     return torch.cat([A.expand(size, -1, -1), G.expand(size, -1, -1)], dim=-2)
 
 
-def _warn_of_degeneracy(degenerate: Tensor) -> int:
-    """Say which problems have no unique derivative; returns how many refinement steps their factors need."""
+def _warn_of_degeneracy(degenerate: Tensor) -> bool:
+    """Say which problems have no unique derivative; returns whether there are any."""
     if not checks.host_bool((degenerate != 0).any()):
-        return REFINE
+        return False
     for flag, what in _DEGENERATE.items():
         where = (degenerate & int(flag)) != 0
         if checks.host_bool(where.any()):
@@ -249,7 +250,7 @@ def _warn_of_degeneracy(degenerate: Tensor) -> int:
                 'Pass gradient="least_norm" to take that derivative without this warning, or gradient="smoothed".',
                 DegenerateGradientWarning,
             )
-    return REFINE_DEPENDENT
+    return True
 
 
 _DEGENERATE = {

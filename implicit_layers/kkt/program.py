@@ -147,6 +147,7 @@ class Point(NamedTuple):
     primal_unit: Tensor  # (k, 1)
     dual_unit: Tensor  # (k, 1)
     residual: Tensor  # (k,): relative KKT residual
+    absolute: Tensor  # (k,): the same of rows and stationarity, relative to the data and not to the point
 
 
 def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
@@ -194,7 +195,13 @@ def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
     ]
     residual = torch.stack(torch.broadcast_tensors(*ratios)).amax(0)
     residual = torch.where(torch.isfinite(residual), residual, torch.inf)
-    return Point(z, y, bound, gap, stationarity, terms, bound_terms, primal, dual, residual)
+    sides = [largest(side) for side in (program.f, program.lb, program.ub)]
+    reach = torch.stack(torch.broadcast_tensors(unit, *sides)).amax(0)
+    slope = torch.maximum(size_p, size * reach)
+    slope = torch.where(slope > 0, slope, 1.0)
+    absolute = torch.maximum(largest(over) / reach, largest(stationarity) / slope)
+    absolute = torch.where(torch.isfinite(absolute), absolute, torch.inf)
+    return Point(z, y, bound, gap, stationarity, terms, bound_terms, primal, dual, residual, absolute)
 
 
 def smallest_side(program: Program) -> Tensor:  # -> (N or 1,)

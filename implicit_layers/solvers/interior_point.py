@@ -27,7 +27,9 @@ from implicit_layers.solvers.condensed_solve import Outcome
 
 _MANY_ROWS = 2.0  # inequality rows for each unknown, beyond which the condensed form is faster
 
-_SUSPECT = 1e4  # times eps: a residual above which an answer must not be one of a program that has none
+# Above which residual an answer may be one of a program that has none, far out, where everything is small relative to
+# the point; and above which residual relative to the data it is none without a proof.
+_SUSPECT = {torch.float64: (2e-12, 1e-6), torch.float32: (2e-6, 1e-3)}
 _POOR = 1e-11  # a residual of the dual form above which the condensed form has a try
 
 
@@ -181,17 +183,21 @@ class InteriorPoint:
         outcome = condensed_solve.solve(program, batch, settings)
         factor = _factor(program, outcome, ask=self.check_every > 0)
         plural = torch.zeros_like(outcome.exact)
-        converged = outcome.residual <= tol
+        suspicious, far = _SUSPECT[program.p.dtype]
+        near = outcome.absolute <= far
+        converged = (outcome.residual <= tol) & (near | (self.check_every > 0))
         status = torch.where(converged, int(Status.CONVERGED), int(Status.NOT_CONVERGED)).to(torch.int8)
         status = torch.where(data.impossible(batch), int(Status.INFEASIBLE), status).to(torch.int8)
         if self.check_every and batch:
-            outcome, factor, plural = _least_norm(data, program, outcome, factor, settings)
-            suspect = (status != int(Status.INFEASIBLE)) & (outcome.residual > min(tol, _SUSPECT * _eps(data)))
-            if checks.host_bool(suspect.any()):  # far from the origin everything is small relative to the point
+            suspect = (outcome.residual > min(tol, suspicious)) | ~near | ~converged
+            suspect = suspect & (status != int(Status.INFEASIBLE))
+            if checks.host_bool(suspect.any()):
                 index = suspect.nonzero().squeeze(-1)
                 why = infeasibility.reasons(data.take(index), index.shape[0], settings)
                 why = torch.where(why == int(Status.NOT_CONVERGED), status[index], why)
                 status = status.index_copy(0, index, why)
+            solved = status == int(Status.CONVERGED)
+            outcome, factor, plural = _least_norm(data, program, outcome, factor, solved, settings)
         converged = status == int(Status.CONVERGED)
         z, y, bound = program.unscaled(outcome.z, outcome.y, outcome.bound)
         degenerate = outcome.weak * int(Degeneracy.WEAK)
@@ -204,11 +210,6 @@ class InteriorPoint:
         )
 
 
-def _eps(data: Data) -> float:
-    """Give the rounding of the data's dtype."""
-    return torch.finfo(data.p.dtype).eps
-
-
 def _factor(program: Program, outcome: Outcome, *, ask: bool) -> condensed.Factor:
     """Factor the system on the active sets found."""
     zero = program.p.new_zeros(1, 1)
@@ -218,12 +219,16 @@ def _factor(program: Program, outcome: Outcome, *, ask: bool) -> condensed.Facto
 
 
 def _least_norm(
-    data: Data, program: Program, outcome: Outcome, factor: condensed.Factor, settings: condensed_solve.Settings
+    data: Data,
+    program: Program,
+    outcome: Outcome,
+    factor: condensed.Factor,
+    solved: Tensor,
+    settings: condensed_solve.Settings,
 ) -> tuple[Outcome, condensed.Factor, Tensor]:
     """Where the minimiser is not unique, go to that of least norm; also tells where, (N,) bool."""
     plural = torch.zeros_like(outcome.exact)
-    converged = outcome.residual <= settings.tol
-    doubtful = converged & optimal_face.doubtful(program, outcome, factor.singular)
+    doubtful = solved & optimal_face.doubtful(program, outcome, factor.singular)
     if not checks.host_bool(doubtful.any()):
         return outcome, factor, plural
     index = doubtful.nonzero().squeeze(-1)

@@ -154,8 +154,8 @@ def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
     """Measure how well a scaled point satisfies the KKT conditions, blind to units: 0 where all data are zero.
 
     Stationarity is relative to the largest of its own terms; a row to its right-hand side and the length of z; signs
-    of duals to the largest dual; complementarity to both. Where all these vanish, what is left sets the unit: |p|/|Q|,
-    then the smallest right-hand side, then 1.
+    of duals to the largest dual; complementarity to both. Where all these vanish, what is left sets the unit: the
+    smaller of |p|/|Q| and the smallest right-hand side, or 1.
     """
     curved = quadratic.matvec(program.Q, z)
     pulled = quadratic.transposed_matvec(program.E, y)
@@ -165,8 +165,8 @@ def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
     largest = quadratic.largest
     size = largest(program.Q.flatten(-2))
     size_p = largest(program.p)
-    least = smallest_side(program)
-    unit = torch.where((size > 0) & (size_p > 0), size_p / torch.where(size > 0, size, 1.0), least)
+    free = torch.where((size > 0) & (size_p > 0), size_p / torch.where(size > 0, size, 1.0), torch.inf)
+    unit = smallest_side(program, free)
     length = torch.linalg.vector_norm(z, dim=-1)
     primal = torch.maximum(length, 1e-5 * unit).unsqueeze(-1)
     floor = torch.where((size > 0) | (size_p > 0), torch.maximum(size_p, 1e-5 * size * unit), 1.0)
@@ -204,9 +204,9 @@ def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
     return Point(z, y, bound, gap, stationarity, terms, bound_terms, primal, dual, residual, absolute)
 
 
-def smallest_side(program: Program) -> Tensor:  # -> (N or 1,)
-    """Find the smallest right-hand side or bound that is not zero; 1 where all are."""
-    least = program.lb.new_full((1,), torch.inf)
+def smallest_side(program: Program, least: Tensor | None = None) -> Tensor:  # -> (N or 1,)
+    """Find the smallest right-hand side or bound that is not zero, or `least`; 1 where there is nothing."""
+    least = program.lb.new_full((1,), torch.inf) if least is None else least
     for side in (program.f, program.lb, program.ub):
         if side.shape[-1]:
             size = side.abs()

@@ -10,9 +10,8 @@ E_a the active rows, K this matrix and R = diag(ρ, −δ), one solve with K + R
     H = Q + diag(σ) + ρ I + E_aᵀ diag(1/(δ + c)) E_a      (identity on fixed coordinates),
 
 and each refinement against K itself takes the regularisation away by a factor of about δ over the smallest
-eigenvalue that is not zero. Where K is singular, (K + R)⁻¹R is the projection on its null space, which splits into
-directions of z and of y; taken off the right-hand side and off the answer, it leaves the solution of least norm of
-the part that can be solved. The norm is that of z, and of y in units in which rows have about unit length (columns
+eigenvalue that is not zero. Where K is singular, its null space, which splits into directions of z and of y, is taken
+off the right-hand side and off the answer, which leaves the solution of least norm of the part that can be solved. The norm is that of z, and of y in units in which rows have about unit length (columns
 whose scales differ by more than 64 are measured in their own units).
 
 Source: Friedlander & Orban (2012), A primal–dual regularized interior-point method for convex quadratic programs.
@@ -32,6 +31,7 @@ from implicit_layers.kkt.program import Data, Program
 
 REFINE = 4  # refinement steps where nothing is singular, those of `solve` besides
 _NULL = 1e-3  # the part of a made-up vector that must be in a null space for it to be there
+_COLLECT = 7  # so many times more, a vector is brought to the null space
 _CLEAN = 4  # steps that take the rest of the space off a vector of the null space
 Image = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # v to K v, in two parts
 
@@ -163,18 +163,22 @@ def refined(
 
 
 def null_part(factor: Factor, E: Tensor, image: Image, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
-    """Project on the null space of K, in scaled units: (K + R)⁻¹R twice, then off with what K still sees."""
-    v_z, v_y = _towards_null(factor, E, v_z, v_y)
-    off_z, off_y = refined(factor, E, image, *image(v_z, v_y), _CLEAN)
-    return v_z - off_z, v_y - off_y
+    """Project on the null space of K, scaled: collect it by (K + R)⁻¹R, then off with what K still sees."""
+    n_z, n_y = _towards_null(factor, E, v_z, v_y)
+    for _ in range(_COLLECT):  # the factor of H is coarse where only ρ holds it
+        d_z, d_y = _towards_null(factor, E, v_z - n_z, v_y - n_y)
+        n_z, n_y = n_z + d_z, n_y + d_y
+    off_z, off_y = refined(factor, E, image, *image(n_z, n_y), _CLEAN)
+    for _ in range(3):  # rounding over ρ is in the null space itself
+        d_z, d_y = _towards_null(factor, E, off_z, off_y)
+        off_z, off_y = off_z - d_z, off_y - d_y
+    return n_z - off_z, n_y - off_y
 
 
 def _towards_null(factor: Factor, E: Tensor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply (K + R)⁻¹R twice."""
+    """Apply (K + R)⁻¹R."""
     rho, delta = regularisation(factor.chol.dtype)
-    for _ in range(2):
-        v_z, v_y = solve_once(factor, E, rho * v_z, -delta * v_y)
-    return v_z, v_y
+    return solve_once(factor, E, rho * v_z, -delta * v_y)
 
 
 def with_nullity(program: Program, factor: Factor, *, ask: bool) -> Factor:
@@ -200,8 +204,7 @@ def with_nullity(program: Program, factor: Factor, *, ask: bool) -> Factor:
     def image(s_z: Tensor, s_y: Tensor) -> tuple[Tensor, Tensor]:
         return scaled_image(program, factor, s_z, s_y)
 
-    off_z, off_y = refined(plain, program.E, image, *image(u_z, u_y), _CLEAN)
-    primal, dual = length(u_z - off_z, u_y - off_y) > _NULL
+    primal, dual = length(*null_part(plain, program.E, image, v_z, v_y)) > _NULL
     return factor._replace(singular=primal.to(torch.int8) + 2 * dual.to(torch.int8))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from implicit_layers.kkt import quadratic
 
 _SIMILAR = 64.0  # columns whose scales differ by no more keep one unit, and lengths of z their meaning
+_SIMILAR_ROWS = 16.0  # the same for rows and duals
 _RUIZ_ITERATIONS = 8
 
 
@@ -248,6 +249,9 @@ def equilibrate(Q: Tensor, E: Tensor) -> Scaling:
     cost = _power_of_two(torch.where(steepest > 0, steepest, 1.0).reciprocal())
     if m:
         length = torch.linalg.vector_norm(size_e * column.unsqueeze(-2), dim=-1)
+        longest = length.amax(-1, keepdim=True)
+        shortest = torch.where(length > 0, length, torch.inf).amin(-1, keepdim=True)
+        length = torch.where(longest > _SIMILAR_ROWS * shortest, length, longest)
         row = _power_of_two(torch.where(length > 0, length, 1.0).reciprocal())
     return Scaling(column, row, cost)
 

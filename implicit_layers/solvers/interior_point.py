@@ -30,7 +30,7 @@ _MANY_ROWS = 2.0  # inequality rows for each unknown, beyond which the condensed
 # Above which residual an answer may be one of a program that has none, far out, where everything is small relative to
 # the point; and above which residual relative to the data it is none without a proof.
 _SUSPECT = {torch.float64: (2e-12, 1e-6), torch.float32: (2e-6, 1e-3)}
-_POOR = 1e-11  # a residual of the dual form above which the condensed form has a try
+_POOR = 1e-12  # a residual of the dual form above which the condensed form has a try
 
 
 class QPResult(NamedTuple):
@@ -142,7 +142,8 @@ class InteriorPoint:
         result = QPResult(
             answers.z, answers.y, zero, answers.active, zero, factor, answers.degenerate, condition, info
         )
-        poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | (answers.residual > min(tol, _POOR)))
+        poor = (answers.residual > min(tol, _POOR)) | (_stationarity(data, answers.z, answers.y) > _POOR)
+        poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | poor)
         if self.form == "dual" or not batch or not checks.host_bool(poor.any()):
             return result
         return self._rescue(data, batch, result, poor.nonzero().squeeze(-1))
@@ -151,8 +152,9 @@ class InteriorPoint:
         """Solve some programs again in the condensed form; where that is better, all go on in it."""
         part = data.take(index)
         again = self._solve_condensed(part, index.shape[0])
-        old = result.info.residual[index]
-        better = again.info.converged & (again.info.residual < 0.1 * old)
+        old = torch.maximum(result.info.residual[index], _stationarity(part, result.z[index], result.y[index]))
+        new = torch.maximum(again.info.residual, _stationarity(part, again.z, again.y))
+        better = again.info.converged & (new < 0.1 * old)
         better = better | (~result.info.converged[index] & (again.info.status != int(Status.NOT_CONVERGED)))
         if not checks.host_bool(better.any()):
             return result
@@ -208,6 +210,13 @@ class InteriorPoint:
         return QPResult(
             z, y, bound, outcome.active, outcome.fixed, factor, degenerate.to(torch.int8), condition, info
         )
+
+
+def _stationarity(data: Data, z: Tensor, y: Tensor) -> Tensor:  # -> (N,)
+    """Measure Qz + p + Eᵀy relative to its largest term, in the units of the data."""
+    terms = (quadratic.matvec(data.Q, z), data.p.expand_as(z), quadratic.transposed_matvec(data.E, y))
+    largest = torch.stack([quadratic.largest(term) for term in terms]).amax(0)
+    return quadratic.largest(sum(terms[1:], terms[0])) / torch.where(largest > 0, largest, 1.0)
 
 
 def _factor(program: Program, outcome: Outcome, *, ask: bool) -> condensed.Factor:

@@ -10,9 +10,8 @@ E_a the active rows, K this matrix and R = diag(ρ, −δ), one solve with K + R
     H = Q + diag(σ) + ρ I + E_aᵀ diag(1/(δ + c)) E_a      (identity on fixed coordinates),
 
 and each refinement against K itself takes the regularisation away by a factor of about δ over the smallest
-eigenvalue that is not zero. Where K is singular, (K + R)⁻¹R is the projection on its null space, which splits into
-directions of z and of y; taken off the right-hand side and off the answer, it leaves the solution of least norm of
-the part that can be solved. The norm is that of z, and of y in units in which rows have about unit length (columns
+eigenvalue that is not zero. Where K is singular, its null space, which splits into directions of z and of y, is taken
+off the right-hand side and off the answer, which leaves the solution of least norm of the part that can be solved. The norm is that of z, and of y in units in which rows have about unit length (columns
 whose scales differ by more than 64 are measured in their own units).
 
 Source: Friedlander & Orban (2012), A primal–dual regularized interior-point method for convex quadratic programs.
@@ -32,6 +31,7 @@ from implicit_layers.kkt.program import Data, Program
 
 REFINE = 4  # refinement steps where nothing is singular, those of `solve` besides
 _NULL = 1e-3  # the part of a made-up vector that must be in a null space for it to be there
+_COLLECT = 6  # so many times a vector is brought to the null space
 _CLEAN = 4  # steps that take the rest of the space off a vector of the null space
 Image = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # v to K v, in two parts
 
@@ -62,7 +62,7 @@ EVENT_NDIM = (2, 1, 1, 1, 1, 1, 1, 1, 0)
 
 def regularisation(dtype: torch.dtype) -> Regularisation:
     """Choose ρ and δ: the error of the factor, eps/δ, and that of the duals, δ over eigenvalues, both refined away."""
-    return Regularisation(1e-8, 1e-6) if dtype == torch.float64 else Regularisation(1e-5, 1e-3)
+    return Regularisation(1e-7, 1e-6) if dtype == torch.float64 else Regularisation(1e-5, 1e-3)
 
 
 def factorise(
@@ -141,7 +141,7 @@ def refined(
     n = r_z.shape[-1]
     right = torch.cat([r_z, r_y], dim=-1)
     tiny = torch.finfo(right.dtype).tiny ** 0.5
-    least = 1e-11 if right.dtype == torch.float64 else 1e-6
+    least = 500 * torch.finfo(right.dtype).eps
     u = torch.zeros_like(right)
     for cycle, count in enumerate((steps, 2)):
         rest = right if cycle == 0 else right - torch.cat(image(u[:, :n], u[:, n:]), dim=-1)
@@ -163,10 +163,16 @@ def refined(
 
 
 def null_part(factor: Factor, E: Tensor, image: Image, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
-    """Project on the null space of K, in scaled units: (K + R)⁻¹R twice, then off with what K still sees."""
-    v_z, v_y = _towards_null(factor, E, v_z, v_y)
-    off_z, off_y = refined(factor, E, image, *image(v_z, v_y), _CLEAN)
-    return v_z - off_z, v_y - off_y
+    """Project on the null space of K, scaled: collect it by (K + R)⁻¹R, then off with what K still sees."""
+    n_z, n_y = torch.zeros_like(v_z), torch.zeros_like(v_y)
+    for _ in range(_COLLECT):  # the factor of H is coarse where only ρ holds it
+        d_z, d_y = _towards_null(factor, E, v_z - n_z, v_y - n_y)
+        n_z, n_y = n_z + d_z, n_y + d_y
+    off_z, off_y = refined(factor, E, image, *image(n_z, n_y), _CLEAN)
+    for _ in range(2):  # rounding over ρ lies in the null space itself
+        d_z, d_y = _towards_null(factor, E, off_z, off_y)
+        off_z, off_y = off_z - d_z, off_y - d_y
+    return n_z - off_z, n_y - off_y
 
 
 def _towards_null(factor: Factor, E: Tensor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,8 +206,14 @@ def with_nullity(program: Program, factor: Factor, *, ask: bool) -> Factor:
     def image(s_z: Tensor, s_y: Tensor) -> tuple[Tensor, Tensor]:
         return scaled_image(program, factor, s_z, s_y)
 
-    off_z, off_y = refined(plain, program.E, image, *image(u_z, u_y), _CLEAN)
-    primal, dual = length(u_z - off_z, u_y - off_y) > _NULL
+    n_z, n_y = null_part(plain, program.E, image, v_z, v_y)
+    primal, dual = length(n_z, n_y) > _NULL
+    least = 1e4 * torch.finfo(n_z.dtype).eps
+    seen_z, _ = image(torch.zeros_like(n_z), n_y)
+    curved, moved = image(n_z, torch.zeros_like(n_y))
+    norm = torch.linalg.vector_norm
+    primal = primal & (norm(curved, dim=-1) + norm(moved, dim=-1) <= least * norm(n_z, dim=-1))
+    dual = dual & (norm(seen_z, dim=-1) + norm(factor.compliance * n_y, dim=-1) <= least * norm(n_y, dim=-1))
     return factor._replace(singular=primal.to(torch.int8) + 2 * dual.to(torch.int8))
 
 

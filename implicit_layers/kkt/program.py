@@ -19,6 +19,7 @@ from torch import Tensor
 from implicit_layers.kkt import quadratic
 
 _SIMILAR = 64.0  # columns whose scales differ by no more keep one unit, and lengths of z their meaning
+_SIMILAR_ROWS = 16.0  # the same for rows and duals
 _RUIZ_ITERATIONS = 8
 
 
@@ -147,14 +148,15 @@ class Point(NamedTuple):
     primal_unit: Tensor  # (k, 1)
     dual_unit: Tensor  # (k, 1)
     residual: Tensor  # (k,): relative KKT residual
+    absolute: Tensor  # (k,): the same of rows and stationarity, relative to the data and not to the point
 
 
 def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
     """Measure how well a scaled point satisfies the KKT conditions, blind to units: 0 where all data are zero.
 
     Stationarity is relative to the largest of its own terms; a row to its right-hand side and the length of z; signs
-    of duals to the largest dual; complementarity to both. Where all these vanish, what is left sets the unit: |p|/|Q|,
-    then the smallest right-hand side, then 1.
+    of duals to the largest dual; complementarity to both. Where all these vanish, what is left sets the unit: the
+    smaller of |p|/|Q| and the smallest right-hand side, or 1.
     """
     curved = quadratic.matvec(program.Q, z)
     pulled = quadratic.transposed_matvec(program.E, y)
@@ -164,8 +166,8 @@ def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
     largest = quadratic.largest
     size = largest(program.Q.flatten(-2))
     size_p = largest(program.p)
-    least = smallest_side(program)
-    unit = torch.where((size > 0) & (size_p > 0), size_p / torch.where(size > 0, size, 1.0), least)
+    free = torch.where((size > 0) & (size_p > 0), size_p / torch.where(size > 0, size, 1.0), torch.inf)
+    unit = smallest_side(program, free)
     length = torch.linalg.vector_norm(z, dim=-1)
     primal = torch.maximum(length, 1e-5 * unit).unsqueeze(-1)
     floor = torch.where((size > 0) | (size_p > 0), torch.maximum(size_p, 1e-5 * size * unit), 1.0)
@@ -194,12 +196,18 @@ def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
     ]
     residual = torch.stack(torch.broadcast_tensors(*ratios)).amax(0)
     residual = torch.where(torch.isfinite(residual), residual, torch.inf)
-    return Point(z, y, bound, gap, stationarity, terms, bound_terms, primal, dual, residual)
+    sides = [largest(side) for side in (program.f, program.lb, program.ub)]
+    reach = torch.stack(torch.broadcast_tensors(unit, *sides)).amax(0)
+    slope = torch.maximum(size_p, size * reach)
+    slope = torch.where(slope > 0, slope, 1.0)
+    absolute = torch.maximum(largest(over) / reach, largest(stationarity) / slope)
+    absolute = torch.where(torch.isfinite(absolute), absolute, torch.inf)
+    return Point(z, y, bound, gap, stationarity, terms, bound_terms, primal, dual, residual, absolute)
 
 
-def smallest_side(program: Program) -> Tensor:  # -> (N or 1,)
-    """Find the smallest right-hand side or bound that is not zero; 1 where all are."""
-    least = program.lb.new_full((1,), torch.inf)
+def smallest_side(program: Program, least: Tensor | None = None) -> Tensor:  # -> (N or 1,)
+    """Find the smallest right-hand side or bound that is not zero, or `least`; 1 where there is nothing."""
+    least = program.lb.new_full((1,), torch.inf) if least is None else least
     for side in (program.f, program.lb, program.ub):
         if side.shape[-1]:
             size = side.abs()
@@ -241,6 +249,9 @@ def equilibrate(Q: Tensor, E: Tensor) -> Scaling:
     cost = _power_of_two(torch.where(steepest > 0, steepest, 1.0).reciprocal())
     if m:
         length = torch.linalg.vector_norm(size_e * column.unsqueeze(-2), dim=-1)
+        longest = length.amax(-1, keepdim=True)
+        shortest = torch.where(length > 0, length, torch.inf).amin(-1, keepdim=True)
+        length = torch.where(longest > _SIMILAR_ROWS * shortest, length, longest)
         row = _power_of_two(torch.where(length > 0, length, 1.0).reciprocal())
     return Scaling(column, row, cost)
 

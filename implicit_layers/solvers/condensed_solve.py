@@ -58,6 +58,7 @@ class Outcome(NamedTuple):
     fixed: Tensor  # (N, n)
     weak: Tensor  # (N,) bool
     residual: Tensor  # (N,)
+    absolute: Tensor  # (N,)
     exact: Tensor  # (N,) bool: verified on an active set
     iterations: Tensor  # (N,) int64
 
@@ -73,6 +74,7 @@ class Outcome(NamedTuple):
             like.new_zeros(batch, m),
             like.new_zeros(batch, n),
             flag,
+            like.new_full((batch,), torch.inf),
             like.new_full((batch,), torch.inf),
             flag,
             torch.zeros(batch, dtype=torch.int64, device=like.device),
@@ -91,6 +93,7 @@ class Outcome(NamedTuple):
             end.guess.fixed,
             end.weak,
             end.at.residual,
+            end.at.absolute,
             end.accepted,
             count,
         )

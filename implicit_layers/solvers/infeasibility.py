@@ -30,13 +30,15 @@ _CONE = 1e-10  # relative: how well a direction has to stay in the cone
 def reasons(data: Data, batch: int, settings: Settings) -> Tensor:  # -> (N,) int8, numbers of `Status`
     """Say why programs have no solution, as far as that can be proven."""
     settings = settings._replace(tol=1e-9)
-    infeasible, feasible = _contradiction(data, batch, settings)
+    least = 1e-12 if data.p.dtype == torch.float64 else 1e-5  # what is relatively smaller may be rounding of the data
+    data = data.to(torch.float64)
+    infeasible, feasible = _contradiction(data, batch, least, settings)
     unbounded = feasible & _recession(data, batch, settings)
     reason = torch.where(unbounded, int(Status.UNBOUNDED), int(Status.NOT_CONVERGED))
     return torch.where(infeasible, int(Status.INFEASIBLE), reason).to(torch.int8)
 
 
-def _contradiction(data: Data, batch: int, settings: Settings) -> tuple[Tensor, Tensor]:
+def _contradiction(data: Data, batch: int, least: float, settings: Settings) -> tuple[Tensor, Tensor]:
     """Tell where the constraints contradict each other, and where they are known not to; (N,) bool each."""
     scaling = Program.of(data).scaling
     elastic = data._replace(
@@ -61,8 +63,8 @@ def _contradiction(data: Data, batch: int, settings: Settings) -> tuple[Tensor, 
     held = (found.active > 0) | (y != 0)
     size = torch.maximum(torch.linalg.vector_norm(found.z, dim=-1), quadratic.largest(held * program.f))
     proven = (depth > _ROUNDING * terms.abs().sum(-1)) & (depth > _FAR * miss * size) & (length > 0)
-    proven = proven & (length > 1e-12 * size)
-    solved = (found.residual <= settings.tol) & (length <= 1e-9 * size)
+    proven = proven & (length > least * size)
+    solved = (found.residual <= settings.tol) & (length <= max(1e-9, least) * size)
     return proven, solved & ~proven
 
 

@@ -26,8 +26,10 @@ from implicit_layers.solvers.condensed_solve import Outcome
 
 _MANY_ROWS = 2.0  # inequality rows for each unknown, beyond which the condensed form is faster
 
-_SUSPECT = 1e4  # times eps: a residual above which an answer must not be one of a program that has none
-_POOR = 1e-11  # a residual of the dual form above which the condensed form has a try
+# Above which residual an answer may be one of a program that has none, far out, where everything is small relative to
+# the point; and above which residual relative to the data it is none without a proof.
+_SUSPECT = {torch.float64: (2e-12, 1e-6), torch.float32: (2e-6, 1e-3)}
+_POOR = 1e-12  # a residual of the dual form above which the condensed form has a try
 
 
 class QPResult(NamedTuple):
@@ -139,7 +141,8 @@ class InteriorPoint:
         result = QPResult(
             answers.z, answers.y, zero, answers.active, zero, factor, answers.degenerate, condition, info
         )
-        poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | (answers.residual > min(tol, _POOR)))
+        poor = (answers.residual > min(tol, _POOR)) | (_stationarity(data, answers.z, answers.y) > _POOR)
+        poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | poor)
         if self.form == "dual" or not batch or not checks.host_bool(poor.any()):
             return result
         return self._rescue(data, batch, result, poor.nonzero().squeeze(-1))
@@ -148,8 +151,9 @@ class InteriorPoint:
         """Solve some programs again in the condensed form; where that is better, all go on in it."""
         part = data.take(index)
         again = self._solve_condensed(part, index.shape[0])
-        old = result.info.residual[index]
-        better = again.info.converged & (again.info.residual < 0.1 * old)
+        old = torch.maximum(result.info.residual[index], _stationarity(part, result.z[index], result.y[index]))
+        new = torch.maximum(again.info.residual, _stationarity(part, again.z, again.y))
+        better = again.info.converged & (new < 0.1 * old)
         better = better | (~result.info.converged[index] & (again.info.status != int(Status.NOT_CONVERGED)))
         if not checks.host_bool(better.any()):
             return result
@@ -180,17 +184,21 @@ class InteriorPoint:
         outcome = condensed_solve.solve(program, batch, settings)
         factor = _factor(program, outcome, ask=self.check_every > 0)
         plural = torch.zeros_like(outcome.exact)
-        converged = outcome.residual <= tol
+        suspicious, far = _SUSPECT[program.p.dtype]
+        near = outcome.absolute <= far
+        converged = (outcome.residual <= tol) & (near | (self.check_every > 0))
         status = torch.where(converged, int(Status.CONVERGED), int(Status.NOT_CONVERGED)).to(torch.int8)
         status = torch.where(data.impossible(batch), int(Status.INFEASIBLE), status).to(torch.int8)
         if self.check_every and batch:
-            outcome, factor, plural = _least_norm(data, program, outcome, factor, settings)
-            suspect = (status != int(Status.INFEASIBLE)) & (outcome.residual > min(tol, _SUSPECT * _eps(data)))
-            if checks.host_bool(suspect.any()):  # far from the origin everything is small relative to the point
+            suspect = (outcome.residual > min(tol, suspicious)) | ~near | ~converged
+            suspect = suspect & (status != int(Status.INFEASIBLE))
+            if checks.host_bool(suspect.any()):
                 index = suspect.nonzero().squeeze(-1)
                 why = infeasibility.reasons(data.take(index), index.shape[0], settings)
                 why = torch.where(why == int(Status.NOT_CONVERGED), status[index], why)
                 status = status.index_copy(0, index, why)
+            solved = status == int(Status.CONVERGED)
+            outcome, factor, plural = _least_norm(data, program, outcome, factor, solved, settings)
         converged = status == int(Status.CONVERGED)
         z, y, bound = program.unscaled(outcome.z, outcome.y, outcome.bound)
         degenerate = outcome.weak * int(Degeneracy.WEAK)
@@ -203,9 +211,11 @@ class InteriorPoint:
         )
 
 
-def _eps(data: Data) -> float:
-    """Give the rounding of the data's dtype."""
-    return torch.finfo(data.p.dtype).eps
+def _stationarity(data: Data, z: Tensor, y: Tensor) -> Tensor:  # -> (N,)
+    """Measure Qz + p + Eᵀy relative to its largest term, in the units of the data."""
+    terms = (quadratic.matvec(data.Q, z), data.p.expand_as(z), quadratic.transposed_matvec(data.E, y))
+    largest = torch.stack([quadratic.largest(term) for term in terms]).amax(0)
+    return quadratic.largest(sum(terms[1:], terms[0])) / torch.where(largest > 0, largest, 1.0)
 
 
 def _factor(program: Program, outcome: Outcome, *, ask: bool) -> condensed.Factor:
@@ -217,12 +227,16 @@ def _factor(program: Program, outcome: Outcome, *, ask: bool) -> condensed.Facto
 
 
 def _least_norm(
-    data: Data, program: Program, outcome: Outcome, factor: condensed.Factor, settings: condensed_solve.Settings
+    data: Data,
+    program: Program,
+    outcome: Outcome,
+    factor: condensed.Factor,
+    solved: Tensor,
+    settings: condensed_solve.Settings,
 ) -> tuple[Outcome, condensed.Factor, Tensor]:
     """Where the minimiser is not unique, go to that of least norm; also tells where, (N,) bool."""
     plural = torch.zeros_like(outcome.exact)
-    converged = outcome.residual <= settings.tol
-    doubtful = converged & optimal_face.doubtful(program, outcome, factor.singular)
+    doubtful = solved & optimal_face.doubtful(program, outcome, factor.singular)
     if not checks.host_bool(doubtful.any()):
         return outcome, factor, plural
     index = doubtful.nonzero().squeeze(-1)

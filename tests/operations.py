@@ -113,7 +113,7 @@ def _solve_qp(what: str, n: int, n_ineq: int, n_eq: int, *, bounds: bool = False
             p = p + (data["Q"] @ z.unsqueeze(-1)).squeeze(-1)
         # the last unknown at its upper bound, with a clear dual, the others well inside
         last = torch.eye(n, dtype=z.dtype)[-1]
-        data |= {"p": p - last if bounds else p, "lb": z - 1.3, "ub": z + 1.1 * (1 - last)}
+        data |= {"p": p - last if bounds else p, "lb": z - 20.0, "ub": z + 20.0 * (1 - last)}
         return tuple(data[name] for name in names)
 
     def solve(*tensors: Tensor) -> il.QPSolution:
@@ -134,7 +134,7 @@ def _solve_qp(what: str, n: int, n_ineq: int, n_eq: int, *, bounds: bool = False
         events=tuple(QP_EVENTS[name] for name in names),
         fullgraph=True,
         fullgraph_vmap=False,
-        syncs=(40, 2, 2) if bounds or linear else (14, 2, 1) if n_ineq else (7, 0, 1),
+        syncs=(40, 2, 2) if bounds or linear else (15, 2, 1) if n_ineq else (8, 0, 1),
         iterations=lambda *tensors: solve(*tensors).info.iterations,
     )
 

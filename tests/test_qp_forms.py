@@ -322,7 +322,13 @@ def test_derivatives_of_a_rank_deficient_program_by_finite_differences() -> None
     check_gradients(function, L, p, A, b, G, h)
 
 
-@given(seed=st.integers(0, 2**31), n=st.integers(1, 6), n_ineq=st.integers(0, 8), n_eq=st.integers(0, 3), rank=st.integers(0, 6))  # fmt: skip
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 6),
+    n_ineq=st.integers(0, 8),
+    n_eq=st.integers(0, 3),
+    rank=st.integers(0, 6),
+)
 def test_integer_programs_are_solved_or_told_why_not(seed: int, n: int, n_ineq: int, n_eq: int, rank: int) -> None:
     """Ties, dependent rows, any rank of Q, bounds in places: feasible? bounded? against HiGHS; the value too."""
     generator = torch.Generator().manual_seed(seed)
@@ -330,7 +336,8 @@ def test_integer_programs_are_solved_or_told_why_not(seed: int, n: int, n_ineq: 
     def integers(*shape: int) -> Tensor:
         return torch.randint(-2, 3, shape, generator=generator).double()
 
-    L, p, A, b, G, h = integers(n, rank), integers(n), integers(n_eq, n), integers(n_eq), integers(n_ineq, n), integers(n_ineq)  # fmt: skip
+    L, p, A, b = integers(n, rank), integers(n), integers(n_eq, n), integers(n_eq)
+    G, h = integers(n_ineq, n), integers(n_ineq)
     Q = L @ L.mT
     lb = torch.where(integers(n) > 0, integers(n) - 2, -INF)
     ub = torch.where(integers(n) > 0, integers(n) + 2, INF)

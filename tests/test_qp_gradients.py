@@ -194,7 +194,7 @@ def test_smoothed_in_forward_mode_and_batched() -> None:
 
 
 def test_training_through_a_linear_program_does_not_stall() -> None:
-    """The exact gradient of a vertex in its cost is zero; the smoothed one finds a cost that gives the wanted vertex."""
+    """The exact gradient of a vertex in its cost is zero; the smoothed one finds a cost with the wanted vertex."""
     A, b, zero = torch.ones(1, 5, dtype=F64), tensor(1), torch.zeros(5, dtype=F64)
     target = torch.eye(5, dtype=F64)[3]
     Q = torch.zeros(5, 5, dtype=F64)
@@ -216,7 +216,7 @@ def test_training_through_a_linear_program_does_not_stall() -> None:
 
 
 def test_training_across_weakly_active_constraints_does_not_stall() -> None:
-    """Start at a kink: at p = 0 all bounds of the projection are only just active, and half of the unknowns must move."""
+    """Start at a kink: all bounds of the projection are only just active, and half of the unknowns must move."""
     target = torch.tensor([1.0, -1.0, 2.0, -2.0], dtype=F64)
     p = torch.zeros(4, dtype=F64, requires_grad=True)
     optimiser = torch.optim.SGD([p], lr=0.3)
@@ -249,8 +249,7 @@ def test_nearest_shifts_contradicting_rows_evenly() -> None:
 
 
 def test_nearest_leaves_feasible_problems_alone() -> None:
-    data = {k: v for k, v in boxed(4, 3, 1, batch=(3,), seed=4).items()}
-    data["h"][1] = data["h"][1]
+    data = boxed(4, 3, 1, batch=(3,), seed=4)
     impossible = {**data, "A": torch.cat([data["A"], data["A"]], -2), "b": torch.cat([data["b"], data["b"]], -1)}
     impossible["b"] = impossible["b"] + tensor([0, 0], [0, 1.0], [0, 0])
     leaves = {name: t.clone().requires_grad_() for name, t in impossible.items()}
@@ -269,9 +268,7 @@ def test_nearest_by_finite_differences() -> None:
     A, b, p = torch.cat([row, row]), tensor(0.0, 1.0), draw(3)
 
     def function(p: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        solution = il.solve_qp(
-            torch.eye(3, dtype=F64), p, A=A, b=b, infeasible="nearest", gradient="least_norm"
-        )
+        solution = il.solve_qp(torch.eye(3, dtype=F64), p, A=A, b=b, infeasible="nearest", gradient="least_norm")
         return solution.z, solution.shift.b
 
     z, shift = function(p, b)
@@ -337,7 +334,9 @@ class Projected(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> Tensor:
         x = torch.arange(3, dtype=F64) * i
-        return il.solve_qp(torch.eye(3, dtype=F64), -x, A=torch.ones(1, 3, dtype=F64), b=tensor(1), lb=tensor(0, 0, 0)).z
+        return il.solve_qp(
+            torch.eye(3, dtype=F64), -x, A=torch.ones(1, 3, dtype=F64), b=tensor(1), lb=tensor(0, 0, 0)
+        ).z
 
 
 def test_workers_of_a_data_loader() -> None:

@@ -123,9 +123,7 @@ class QPLayer(nn.Module):
             if bound is not None:
                 bound = torch.as_tensor(bound, device=device, dtype=dtype)
                 if bound.shape not in ((), (n,)):
-                    raise ShapeError(
-                        f"QPLayer: {name} must be a number or have shape ({n},), got {tuple(bound.shape)}"
-                    )
+                    raise ShapeError(f"QPLayer: {name} must be a number or have shape ({n},), got {tuple(bound.shape)}")
                 bound = bound.expand(n).clone()
             self.register_buffer(name, bound)
         self.reset_parameters()

@@ -132,7 +132,7 @@ def refuse_values(tensors: Mapping[str, Tensor]) -> None:
         if bool(bad.any()):
             raise NonFiniteError(
                 f"{name}{checks.index_of(bad)} is {float(tensor[bad][0])}: {int(bad.sum())} of {bad.numel()} entries "
-                f"of {name} are NaN or {wrong}, which no point satisfies; {-wrong} means that there is no such constraint"
+                f"of {name} are NaN or {wrong}, which no point satisfies; {-wrong} means that there is no constraint"
             )
 
 

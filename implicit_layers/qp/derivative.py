@@ -217,7 +217,7 @@ def differentiable(settings: Settings, program: Program) -> Outcome:
 def _unpack(
     settings: Settings, saved: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor], Tensor, Outcome]:
-    """Take what was saved apart: Q, A, G, the point (z, ν, λ) where the derivative is taken, the bounds' dual, the rest."""
+    """Take what was saved apart: Q, A, G, the point (z, ν, λ) of the derivative, the bounds' dual, and all of it."""
     Q, A, G, *outputs = saved
     outcome = Outcome.of(settings.gradient, tuple(outputs))
     point = _first_order_only(settings, outcome.smooth, outcome.z) or [outcome.z, outcome.nu, outcome.lam]

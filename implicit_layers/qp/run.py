@@ -45,7 +45,9 @@ class Settings(NamedTuple):
     gradient: Gradient = "exact"
     smoothing: float = 0.0
     checked: bool = False  # whether the values of the arguments are known to be fit
-    elastic: bool = False  # whether the rows may be off by their duals: min ½zᵀQz + pᵀz + ½|Az − b|² + ½|max(Gz − h, 0)|²
+    elastic: bool = (
+        False  # whether the rows may be off by their duals: min ½zᵀQz + pᵀz + ½|Az − b|² + ½|max(Gz − h, 0)|²
+    )
 
     @property
     def synchronises(self) -> bool:
@@ -165,9 +167,7 @@ def _derivative_at(
         torch.where(point.fixed != 0, point.fixed < 0, point.stiffness_lb / whole),
         torch.where(point.fixed != 0, point.fixed > 0, point.stiffness_ub / whole),
     )
-    made = condensed.factorise(
-        data, point.active, point.fixed, compliance=point.compliance, stiffness=point.stiffness
-    )
+    made = condensed.factorise(data, point.active, point.fixed, compliance=point.compliance, stiffness=point.stiffness)
     smooth = (point.z, point.y[:, : data.n_eq], point.y[:, data.n_eq :])
     return smooth, pulls, tuple(made), point.converged
 
@@ -185,9 +185,7 @@ def solve_kkt(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
         project = _warn_of_degeneracy(degenerate)
         refine = REFINE_DEPENDENT if project else REFINE
     with transforms.full_precision(r_z.device):
-        parts = [
-            quadratic.unexpand(t, k, batch) for t, k in zip(factor, factor_event_ndim(len(factor)), strict=True)
-        ]
+        parts = [quadratic.unexpand(t, k, batch) for t, k in zip(factor, factor_event_ndim(len(factor)), strict=True)]
         compute = parts[0].dtype
         Q, A, G = (quadratic.unexpand(t, 2, batch).to(compute) for t in (Q, A, G))
         E = stack_rows(A, G)

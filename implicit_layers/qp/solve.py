@@ -1,6 +1,6 @@
 r"""Quadratic programs as layers: solved by an interior point, differentiated through their KKT conditions.
 
-    min ½ zᵀQz + pᵀz   subject to   A z = b,   G z ≤ h,   lb ≤ z ≤ ub
+min ½ zᵀQz + pᵀz   subject to   A z = b,   G z ≤ h,   lb ≤ z ≤ ub
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from implicit_layers.qp.arguments import Program, at_the_door
 from implicit_layers.qp.derivative import differentiable
 from implicit_layers.qp.run import Gradient, Outcome, Settings
 from implicit_layers.qp.value import optimal_value
-from implicit_layers.solution import OnFailure, QPShift, QPSolution, Status, check_on_failure, report_failure
+from implicit_layers.solution import OnFailure, QPShift, QPSolution, Status, check_on_failure
 from implicit_layers.solvers.interior_point import InteriorPoint
 
 Infeasible = Literal["raise", "nearest"]
@@ -123,17 +123,16 @@ def _solve_nearest(settings: Settings, program: Program) -> QPSolution:
     The shifts t of min ½|t|² subject to A z = b + t_b, G z ≤ h + t_h, lb ≤ z ≤ ub are the duals of the elastic program
     min ½|Az − b|² + ½|max(Gz − h, 0)|² subject to lb ≤ z ≤ ub, whose derivative is the same linear system again.
     """
-    Q, p, A, b, G, h, lb, ub = program
     with torch.no_grad():
         first = differentiable(settings._replace(on_failure="ignore", gradient="least_norm"), _detached(program))
     impossible = first.status == int(Status.INFEASIBLE)
     if not checks.host_bool(impossible.any()):
         return _solution(differentiable(settings, program), program, None)
     elastic = settings._replace(on_failure="ignore", gradient="least_norm", elastic=True)
-    nearest = differentiable(elastic, program._replace(Q=torch.zeros_like(Q), p=torch.zeros_like(p)))
+    nearest = differentiable(elastic, program._replace(Q=torch.zeros_like(program.Q), p=torch.zeros_like(program.p)))
     where = impossible.unsqueeze(-1)
     shift = QPShift(torch.where(where, nearest.nu, 0.0), torch.where(where, nearest.lam, 0.0))
-    moved = program._replace(b=b + shift.b, h=h + shift.h)
+    moved = program._replace(b=program.b + shift.b, h=program.h + shift.h)
     return _solution(differentiable(settings, moved), moved, shift)
 
 

@@ -54,7 +54,12 @@ def solve(data: Data, batch: int, mu: Tensor, max_iter: int, check_every: int) -
         now = torch.maximum(reached.infeasibility, off)
         better = now < residual
         residual = torch.where(better, now, residual)
-        best = State(*(torch.where(better if a.ndim == 1 else better.unsqueeze(-1), a, b) for a, b in zip(state, best, strict=True)))
+        best = State(
+            *(
+                torch.where(better if a.ndim == 1 else better.unsqueeze(-1), a, b)
+                for a, b in zip(state, best, strict=True)
+            )
+        )
         running = (residual > tol) & ~state.stuck
         if count == max_iter or (check_every and count % check_every == 0 and not checks.host_bool(running.any())):
             break

@@ -56,7 +56,7 @@ def guess(program: Program, state: State, *, balanced: bool, near: bool) -> Gues
     lam, s = state.lam, state.s
     if balanced and lam.shape[-1]:
         lam = lam / lam.amax(-1, keepdim=True).clamp(min=torch.finfo(lam.dtype).tiny)
-        reach = torch.maximum(quadratic.largest(state.z), condensed_path.smallest_side(program)).unsqueeze(-1)
+        reach = torch.maximum(quadratic.largest(state.z), program.units.least).unsqueeze(-1)
         s = s / torch.minimum(s.amax(-1, keepdim=True), reach)
     held = (state.there > 0) & (lam > s)
     n_ineq = program.E.shape[-2] - program.n_eq

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers.kkt import condensed, quadratic
-from implicit_layers.kkt.program import Point, Program, judge, smallest_side
+from implicit_layers.kkt.program import Point, Program, judge
 
 _TO_BOUNDARY = 0.995
 _SHORTEST = 1e-8  # a shorter step means that the iteration is stuck
@@ -99,8 +99,7 @@ def start(program: Program, batch: int) -> State:
     size_q, size_p = quadratic.largest(program.Q.flatten(-2)), quadratic.largest(program.p)
     sides = [t.abs().amax(-1) for t in (program.f, program.lb, program.ub) if t.shape[-1]]
     side = torch.stack(torch.broadcast_tensors(*sides)).amax(0)
-    least = smallest_side(program)
-    side = torch.where(side > 0, torch.maximum(least, side.clamp(max=1.0)), 1.0)
+    side = torch.where(side > 0, torch.maximum(program.units.least, side.clamp(max=1.0)), 1.0)
     steep = torch.maximum(size_q, size_p / side)
     balance = torch.where(steep > 0, steep, 1.0).reciprocal().expand(batch).unsqueeze(-1)
     _, delta = condensed.regularisation(dtype)
@@ -111,9 +110,7 @@ def start(program: Program, batch: int) -> State:
     H, _ = condensed.assemble(program, weight, torch.ones_like(p), free, balance)
     chol, _ = torch.linalg.cholesky_ex(H)
     pull = quadratic.transposed_matvec(program.E, weight * (program.f - quadratic.matvec(program.E, held)))
-    z = held + free * quadratic.cholesky_solve(
-        chol, free * (pull - balance * (p + quadratic.matvec(program.Q, held)))
-    )
+    z = held + free * quadratic.cholesky_solve(chol, free * (pull - balance * (p + quadratic.matvec(program.Q, held))))
     z = torch.where(program.has_lb, torch.maximum(z, program.lb), z)
     z = torch.where(program.has_ub, torch.minimum(z, program.ub), z)
     offset, there = _cone_offset(program, batch)
@@ -161,19 +158,27 @@ class Progress(NamedTuple):
 
 def progress(program: Program, state: State) -> Progress:
     """Measure complementarity and infeasibility of a state."""
-    at = point(program, state)
-    unit = torch.maximum(at.primal_unit.squeeze(-1), smallest_side(program))
-    measure = _mean(state, state.lam * state.s) / (state.balance * at.dual_unit).squeeze(-1) / unit
-    stationarity = torch.where(program.pinned, 0.0, at.stationarity) / at.dual_unit
-    rows = (at.gap / at.terms)[:, : program.n_eq]
-    offset, _ = _cone_offset(program, state.z.shape[0])
-    n_ineq = program.E.shape[-2] - program.n_eq
-    yielded = program.compliance.expand(1 if program.compliance.shape[0] == 1 else -1, program.E.shape[-2])
-    yielded = torch.nn.functional.pad(yielded[:, program.n_eq :], (0, state.s.shape[-1] - n_ineq)) * state.lam
-    off = state.there * (offset - cone_image(program, state.z) + yielded / state.balance - state.s)
+    z, units, n_eq = state.z, program.units, program.n_eq
+    largest = quadratic.largest
+    y, bound = _split(program, state.nu, state.lam)
+    curved, image = quadratic.matvec(program.Q, z), quadratic.matvec(program.E, z)
+    pulled = quadratic.transposed_matvec(program.E, y)
+    stationarity = torch.where(program.pinned, 0.0, state.balance * (curved + program.p) + pulled + bound)
+    balance = state.balance.squeeze(-1)
+    parts = (balance * largest(curved), largest(pulled), largest(bound), balance * units.dual)
+    dual = torch.stack(torch.broadcast_tensors(*parts)).amax(0)
+    length = torch.linalg.vector_norm(z, dim=-1)
+    unit = torch.maximum(length, units.least)
+    measure = mean_product(state) / (dual * unit)
+    yielded = program.compliance * y / state.balance
+    terms = program.f[:, :n_eq].abs() + torch.maximum(length, 1e-5 * units.primal).unsqueeze(-1)
+    rows = ((image - yielded)[:, :n_eq] - program.f[:, :n_eq]) / terms
+    offset, _ = _cone_offset(program, z.shape[0])
+    soft = torch.nn.functional.pad(yielded[:, n_eq:], (0, state.s.shape[-1] - yielded.shape[-1] + n_eq))
+    off = state.there * (offset - cone_image(program, z, image) + soft - state.s)
     off = off / torch.maximum(state.s, unit.unsqueeze(-1))
-    parts = (quadratic.largest(part) for part in (stationarity, rows, off))
-    return Progress(measure, torch.stack(torch.broadcast_tensors(*parts)).amax(0))
+    errors = (largest(stationarity) / dual, largest(rows), largest(off))
+    return Progress(measure, torch.stack(torch.broadcast_tensors(*errors)).amax(0))
 
 
 def mean_product(state: State) -> Tensor:  # -> (k,)
@@ -186,9 +191,7 @@ def _mean(state: State, products: Tensor) -> Tensor:  # (k, c) -> (k,)
     return (state.there * products).sum(-1) / state.there.sum(-1).clamp(min=1.0)
 
 
-def step(
-    program: Program, state: State, running: Tensor, reached: Progress, barrier: Tensor | None = None
-) -> State:
+def step(program: Program, state: State, running: Tensor, reached: Progress, barrier: Tensor | None = None) -> State:
     """Take one predictor–corrector step where `running`; towards λ∘s = barrier (k, 1) where that is given."""
     z, nu, s, lam, there, balance, caution, iterations, stuck, best, since = state
     measure = reached.measure

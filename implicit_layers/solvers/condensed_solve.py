@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
+from implicit_layers.kkt import condensed
 from implicit_layers.kkt.program import Program
 from implicit_layers.solvers import condensed_end, condensed_path
 from implicit_layers.solvers.condensed_end import End, Guess
@@ -148,7 +149,8 @@ def solve(program: Program, batch: int, settings: Settings) -> Outcome:
 def _end(program: Program, tried: Guess, phase: _Phase, settings: Settings) -> End:
     """Solve on a guess with the settings of a phase."""
     tol = min(settings.tol, phase.tol)
-    return condensed_end.solve_on(program, tried, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine)
+    end = condensed_end.solve_on(program, tried, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine)
+    return end if phase.near else end._replace(accepted=end.accepted & ~end.weak)  # which may be duplicates
 
 
 def _without_cone(program: Program, batch: int, outcome: Outcome, phases: tuple[_Phase, ...]) -> Outcome:
@@ -185,7 +187,7 @@ def as_it_is(program: Program, state: State) -> End:
     at = condensed_path.point(program, state)
     no = torch.zeros_like(state.stuck)
     zero = state.z.new_zeros(1, 1)
-    factor = condensed_end.condensed.factorise_scaled(program, tried.active, (tried.fixed != 0).to(zero.dtype), zero)
+    factor = condensed.factorise_scaled(program, tried.active, (tried.fixed != 0).to(zero.dtype), zero)
     return End(at, tried, factor, no, no, tried)
 
 

@@ -1,10 +1,10 @@
 r"""Proofs that a program has no solution: no feasible point, or no end to the descent.
 
 No feasible point: min ½|t|² subject to Az = b + t_e, Gz ≤ h + t_i, lb ≤ z ≤ ub always has a solution, and its duals
-are t. Where t is not zero it proves the contradiction (Farkas): Eᵀt + bound = 0 and fᵀt + ubᵀbound⁺ − lbᵀbound⁻ < 0.
+are t. Where t is not zero it proves the contradiction (Farkas): Eᵀt + bound = 0, fᵀt + ubᵀbound⁺ − lbᵀbound⁻ < 0.
 
-No end: the projection d of −p on the cone {Qd = 0, Ad = 0, Gd ≤ 0, d ≥ 0 above a bound, d ≤ 0 below one}. Where d is not
-zero, pᵀd = −|d|² < 0, and the objective falls along d for ever.
+No end: the projection d of −p on the cone {Qd = 0, Ad = 0, Gd ≤ 0, d ≥ 0 above a bound, d ≤ 0 below one}. Where d is
+not zero, pᵀd = −|d|² < 0, and the objective falls along d for ever.
 
 Both are programs of the same kind. What they say is checked here by its products with the data, so nothing depends on
 how well they were solved.
@@ -52,7 +52,11 @@ def _contradiction(data: Data, batch: int, least: float, settings: Settings) -> 
     upward, downward = bound.clamp(min=0.0), (-bound).clamp(min=0.0)
     reachable = program.has_ub | program.pinned, program.has_lb | program.pinned
     terms = torch.cat(
-        [program.f * y, torch.where(reachable[0], program.ub * upward, 0.0), torch.where(reachable[1], -program.lb * downward, 0.0)],
+        [
+            program.f * y,
+            torch.where(reachable[0], program.ub * upward, 0.0),
+            torch.where(reachable[1], -program.lb * downward, 0.0),
+        ],
         dim=-1,
     )
     depth = -terms.sum(-1)

@@ -1,6 +1,6 @@
 r"""The data of a batch of convex quadratic programs, brought to one scale.
 
-    min ½ zᵀQz + pᵀz   subject to   E z − c∘y {=, ≤} f   (dual y = (ν, λ)),   lb ≤ z ≤ ub   (dual `bound` = λ_ub − λ_lb).
+    min ½ zᵀQz + pᵀz   subject to   E z − c∘y {=, ≤} f,  dual y = (ν, λ),   lb ≤ z ≤ ub,  dual `bound` = λ_ub − λ_lb.
 
 The rows are E = [A; G], f = [b; h], equalities first. A compliance c > 0 makes a row elastic: it may be off by c∘y, at
 the price ½ c y². With z = D z̃, rows multiplied by R and the cost by γ, the duals of the scaled program are
@@ -47,7 +47,7 @@ class Data(NamedTuple):
     def impossible(self, batch: int) -> Tensor:  # -> (N,) bool
         """Tell where a single constraint cannot be satisfied: bounds that cross, or at the wrong infinity."""
         inequality = torch.arange(self.f.shape[-1], device=self.f.device) >= self.n_eq
-        empty = ((self.f == -torch.inf) | (~inequality & torch.isinf(self.f))).any(-1)
+        empty = ((self.f == -torch.inf) | (inequality.logical_not() & torch.isinf(self.f))).any(-1)
         if self.lb is not None:
             empty = empty | (self.lb == torch.inf).any(-1)
         if self.ub is not None:
@@ -96,7 +96,7 @@ class Program(NamedTuple):
 
     @staticmethod
     def of(data: Data, stiffness: Tensor | None = None) -> Program:
-        """Scale the programs and take their infinities out; elastic rows and stiff coordinates in units of their own."""
+        """Scale the programs and take their infinities out; what is elastic or stiff gets units of its own."""
         column, row, cost = equilibrate(data.Q, data.E)
         if data.compliance is not None:
             row = row * _power_of_two((1.0 + data.compliance * row**2 / cost).rsqrt())
@@ -124,8 +124,8 @@ class Program(NamedTuple):
             lb=lb,
             ub=ub,
             rows=rows,
-            has_lb=has_lb & ~pinned,
-            has_ub=has_ub & ~pinned,
+            has_lb=has_lb & pinned.logical_not(),
+            has_ub=has_ub & pinned.logical_not(),
             pinned=pinned,
             compliance=compliance * row**2 / cost,
             scaling=scaling,
@@ -246,9 +246,8 @@ def equilibrate(Q: Tensor, E: Tensor) -> Scaling:
     """Scale the columns and rows of [Q Eᵀ; E 0] towards one size, and the cost to |Q| about 1; Q = 0 is left alone."""
     n, m = Q.shape[-1], E.shape[-2]
     size_q, size_e = Q.abs(), E.abs()
-    total = size_q.amax(-1)  # (N or 1, n)
     batch = max(Q.shape[0], E.shape[0])
-    column = torch.ones_like(total[:1]).expand(batch, n)
+    column = Q.new_ones(batch, n)
     row = E.new_ones(batch, m)
     cost = Q.new_ones(batch, 1)
     for _ in range(_RUIZ_ITERATIONS):

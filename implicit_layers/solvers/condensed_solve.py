@@ -21,6 +21,7 @@ class Settings(NamedTuple):
     tol: float  # largest relative KKT residual of an answer
     max_iter: int
     check_every: int  # iterations between two questions of the host; 0: none
+    thorough: bool = True  # whether to tell constraints that hold loosely from duplicates of others
 
 
 class _Phase(NamedTuple):
@@ -84,7 +85,7 @@ class Outcome(NamedTuple):
     def put(self, index: Tensor | None, end: End, iterations: Tensor | None) -> Outcome:
         """Write down what is better than what is there: verified ends first, then smaller residuals."""
         old = self if index is None else Outcome(*(field[index] for field in self))
-        better = (end.accepted & ~old.exact) | (~old.exact & (end.at.residual < old.residual))
+        better = (end.accepted & old.exact.logical_not()) | (old.exact.logical_not() & (end.at.residual < old.residual))
         count = old.iterations if iterations is None else torch.where(old.exact, old.iterations, iterations)
         new = Outcome(
             end.at.z,
@@ -135,11 +136,11 @@ def solve(program: Program, batch: int, settings: Settings) -> Outcome:
             end = _end(part, tried, phase, settings)
             outcome = outcome.put(index[rows], end, state.iterations[rows])
             settled[rows] = end.accepted
-            again = (~end.accepted).nonzero().squeeze(-1)
+            again = (end.accepted.logical_not()).nonzero().squeeze(-1)
             if not again.numel():
                 break
             rows, part, tried = rows[again], part.take(again), end.corrected.take(again)
-        left = (~settled).nonzero().squeeze(-1)
+        left = (settled.logical_not()).nonzero().squeeze(-1)
         index, program, state = index[left], program.take(left), state.take(left)
         if not left.numel():
             return outcome
@@ -150,7 +151,9 @@ def _end(program: Program, tried: Guess, phase: _Phase, settings: Settings) -> E
     """Solve on a guess with the settings of a phase."""
     tol = min(settings.tol, phase.tol)
     end = condensed_end.solve_on(program, tried, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine)
-    return end if phase.near else end._replace(accepted=end.accepted & ~end.weak)  # which may be duplicates
+    if phase.near or not settings.thorough:
+        return end
+    return end._replace(accepted=end.accepted & end.weak.logical_not())  # which may be duplicates
 
 
 def _without_cone(program: Program, batch: int, outcome: Outcome, phases: tuple[_Phase, ...]) -> Outcome:
@@ -170,7 +173,7 @@ def _without_questions(
     target = phases[-1].measure
     for _ in range(settings.max_iter):
         reached = condensed_path.progress(program, state)
-        running = ~_done(reached, target) & ~state.stuck
+        running = _running(reached, target, state)
         state = condensed_path.step(program, state, running, reached)
     for phase in phases[-2:]:
         tried = condensed_end.guess(program, state, balanced=phase.balanced, near=phase.near)
@@ -191,9 +194,10 @@ def as_it_is(program: Program, state: State) -> End:
     return End(at, tried, factor, no, no, tried)
 
 
-def _done(reached: condensed_path.Progress, target: float) -> Tensor:  # -> (k,) bool
-    """Tell where the path has come to its end."""
-    return (reached.measure <= target) & (reached.infeasibility <= 1e-2 * target**0.5)
+def _running(reached: condensed_path.Progress, target: float, state: State) -> Tensor:  # -> (k,) bool
+    """Tell where the path has neither come to its end nor got stuck."""
+    done = (reached.measure <= target) & (reached.infeasibility <= 1e-2 * target**0.5)
+    return (done | state.stuck).logical_not()
 
 
 def _advance(program: Program, state: State, target: float, settings: Settings) -> State:
@@ -203,7 +207,9 @@ def _advance(program: Program, state: State, target: float, settings: Settings) 
     count = 0
     while True:
         reached = condensed_path.progress(part, state)
-        running = ~_done(reached, target) & ~state.stuck & (state.iterations < settings.max_iter)
+        running = (
+            _done(reached, target).logical_not() & state.stuck.logical_not() & (state.iterations < settings.max_iter)
+        )
         if count % settings.check_every == 0:
             at_work = checks.host_int(running.sum())
             if at_work == 0 or at_work <= 0.75 * running.shape[0]:

@@ -29,7 +29,7 @@ _CONE = 1e-10  # relative: how well a direction has to stay in the cone
 
 def reasons(data: Data, batch: int, settings: Settings) -> Tensor:  # -> (N,) int8, numbers of `Status`
     """Say why programs have no solution, as far as that can be proven."""
-    settings = settings._replace(tol=1e-9)
+    settings = settings._replace(tol=1e-9, thorough=False)
     least = 1e-12 if data.p.dtype == torch.float64 else 1e-5  # what is relatively smaller may be rounding of the data
     data = data.to(torch.float64)
     infeasible, feasible = _contradiction(data, batch, least, settings)

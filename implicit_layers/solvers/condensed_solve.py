@@ -207,9 +207,7 @@ def _advance(program: Program, state: State, target: float, settings: Settings) 
     count = 0
     while True:
         reached = condensed_path.progress(part, state)
-        running = (
-            _done(reached, target).logical_not() & state.stuck.logical_not() & (state.iterations < settings.max_iter)
-        )
+        running = _running(reached, target, state) & (state.iterations < settings.max_iter)
         if count % settings.check_every == 0:
             at_work = checks.host_int(running.sum())
             if at_work == 0 or at_work <= 0.75 * running.shape[0]:

@@ -44,8 +44,15 @@ def program(kind: str) -> tuple[Data, Tensor, Tensor]:
 
 
 KINDS = [
-    "regular", "linear vertex", "linear face", "flat", "duplicated rows", "more rows than unknowns", "elastic", "shared",
-]  # fmt: skip
+    "regular",
+    "linear vertex",
+    "linear face",
+    "flat",
+    "duplicated rows",
+    "more rows than unknowns",
+    "elastic",
+    "shared",
+]
 
 
 def dense(data: Data, active: Tensor, fixed: Tensor, r_z: Tensor, r_y: Tensor, at: Tensor) -> tuple[Tensor, ...]:

@@ -10,9 +10,10 @@ E_a the active rows, K this matrix and R = diag(ρ, −δ), one solve with K + R
     H = Q + diag(σ) + ρ I + E_aᵀ diag(1/(δ + c)) E_a      (identity on fixed coordinates),
 
 and each refinement against K itself takes the regularisation away by a factor of about δ over the smallest
-eigenvalue that is not zero. Where K is singular, its null space, which splits into directions of z and of y, is taken
-off the right-hand side and off the answer, which leaves the solution of least norm of the part that can be solved. The norm is that of z, and of y in units in which rows have about unit length (columns
-whose scales differ by more than 64 are measured in their own units).
+eigenvalue that is not zero. Where K is singular,
+its null space, which splits into directions of z and of y, is taken off the right-hand side and off the answer. That
+leaves the solution of least norm of the part that can be solved: of z and y, as long as the columns differ in scale by
+no more than 64 and the rows by no more than 16; beyond that, in the units of `program.equilibrate`.
 
 Source: Friedlander & Orban (2012), A primal–dual regularized interior-point method for convex quadratic programs.
 """
@@ -89,7 +90,7 @@ def factorise_scaled(program: Program, active: Tensor, fixed: Tensor, stiffness:
     """Factor H; whether the system is singular is not looked at."""
     rho, delta = regularisation(program.p.dtype)
     weight = active / (delta + program.compliance)
-    H, _ = assemble(program, weight, (rho + stiffness).expand(fixed.shape), 1.0 - fixed)
+    H = assemble(program, weight, (rho + stiffness).expand(fixed.shape), 1.0 - fixed)
     chol, _ = torch.linalg.cholesky_ex(H)
     singular = torch.zeros(active.shape[0], dtype=torch.int8, device=active.device)
     return Factor(chol, *program.scaling, active, fixed, program.compliance, stiffness, singular)
@@ -97,21 +98,21 @@ def factorise_scaled(program: Program, active: Tensor, fixed: Tensor, stiffness:
 
 def assemble(
     program: Program, weight: Tensor, diagonal: Tensor, free: Tensor, curvature: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Form curvature·Q + Eᵀ diag(weight) E + diag, identity where not free; also its largest diagonal entry, (N,)."""
+) -> Tensor:  # -> (N, n, n)
+    """Form curvature·Q + Eᵀ diag(weight) E + diag, identity where not free."""
     Q, E = program.Q, program.E
     batch, n = diagonal.shape[0], diagonal.shape[-1]
     if E.shape[-2] == 0:
         H = (Q if curvature is None else Q * curvature.unsqueeze(-1)).expand(batch, n, n).clone()
     else:
         if E.shape[0] == 1 and batch != 1:  # one matrix for all: one long product, no copy of E
-            H = ((E.mT * weight.unsqueeze(-2)).reshape(-1, E.shape[-2]) @ E[0]).reshape(batch, n, n)
+            H = ((E.mT * weight.unsqueeze(-2)).reshape(-1, E.shape[-2]) @ E.squeeze(0)).reshape(batch, n, n)
         else:
             H = (E.mT * weight.unsqueeze(-2)) @ E
         H = H + Q if curvature is None else torch.addcmul(H, Q, curvature.unsqueeze(-1))
     H = H * free.unsqueeze(-1) * free.unsqueeze(-2)
     H.diagonal(dim1=-2, dim2=-1).add_(torch.where(free > 0, diagonal, 1.0))
-    return H, H.diagonal(dim1=-2, dim2=-1).amax(-1)
+    return H
 
 
 def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,28 +139,29 @@ def refined(
     Where nothing is nearly singular the first steps are those of plain refinement; few small eigenvalues, which slow
     that down, take one step each. Two cycles, the second from the residual as it really is.
     """
-    n = r_z.shape[-1]
+    sizes = [r_z.shape[-1], r_y.shape[-1]]
     right = torch.cat([r_z, r_y], dim=-1)
     tiny = torch.finfo(right.dtype).tiny ** 0.5
     least = 500 * torch.finfo(right.dtype).eps
     u = torch.zeros_like(right)
     for cycle, count in enumerate((steps, 2)):
-        rest = right if cycle == 0 else right - torch.cat(image(u[:, :n], u[:, n:]), dim=-1)
+        rest = right if cycle == 0 else right - torch.cat(image(*u.split(sizes, dim=-1)), dim=-1)
         directions: list[tuple[Tensor, Tensor]] = []
         for _ in range(count):
-            step = torch.cat(solve_once(factor, E, rest[:, :n], rest[:, n:]), dim=-1)
-            moved = torch.cat(image(step[:, :n], step[:, n:]), dim=-1)
+            step = torch.cat(solve_once(factor, E, *rest.split(sizes, dim=-1)), dim=-1)
+            moved = torch.cat(image(*step.split(sizes, dim=-1)), dim=-1)
             for earlier, image_of_it in directions:
                 along = (image_of_it * moved).sum(-1, keepdim=True)
                 step, moved = step - along * earlier, moved - along * image_of_it
             length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
             null = length <= least * torch.linalg.vector_norm(step, dim=-1, keepdim=True)  # a step of rounding only
-            inverse = torch.where((length > tiny) & ~null, 1.0 / length.clamp(min=tiny), 0.0)
+            inverse = torch.where((length > tiny) & null.logical_not(), 1.0 / length.clamp(min=tiny), 0.0)
             step, moved = step * inverse, moved * inverse
             along = (moved * rest).sum(-1, keepdim=True)
             u, rest = u + along * step, rest - along * moved
             directions.append((step, moved))
-    return u[:, :n], u[:, n:]
+    s_z, s_y = u.split(sizes, dim=-1)
+    return s_z, s_y
 
 
 def null_part(factor: Factor, E: Tensor, image: Image, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +209,7 @@ def with_nullity(program: Program, factor: Factor, *, ask: bool) -> Factor:
         return scaled_image(program, factor, s_z, s_y)
 
     n_z, n_y = null_part(plain, program.E, image, v_z, v_y)
-    primal, dual = length(n_z, n_y) > _NULL
+    primal, dual = (length(n_z, n_y) > _NULL).unbind(0)
     least = 1e4 * torch.finfo(n_z.dtype).eps
     seen_z, _ = image(torch.zeros_like(n_z), n_y)
     curved, moved = image(n_z, torch.zeros_like(n_y))
@@ -305,4 +307,4 @@ def condition(program: Program, factor: Factor, iterations: int = 4) -> Tensor: 
         size = torch.sqrt((v_z**2).sum(-1) + (v_y**2).sum(-1))
         sizes.append(size)
     estimate = (sizes[0] * sizes[1]).clamp(min=1.0)
-    return torch.where((factor.singular > 0) | ~torch.isfinite(estimate), torch.inf, estimate)
+    return torch.where((factor.singular > 0) | torch.isfinite(estimate).logical_not(), torch.inf, estimate)

@@ -1,6 +1,6 @@
 r"""The data of a batch of convex quadratic programs, brought to one scale.
 
-    min ½ zᵀQz + pᵀz   subject to   E z − c∘y {=, ≤} f   (dual y = (ν, λ)),   lb ≤ z ≤ ub   (dual `bound` = λ_ub − λ_lb).
+    min ½ zᵀQz + pᵀz   subject to   E z − c∘y {=, ≤} f,  dual y = (ν, λ),   lb ≤ z ≤ ub,  dual `bound` = λ_ub − λ_lb.
 
 The rows are E = [A; G], f = [b; h], equalities first. A compliance c > 0 makes a row elastic: it may be off by c∘y, at
 the price ½ c y². With z = D z̃, rows multiplied by R and the cost by γ, the duals of the scaled program are
@@ -11,7 +11,7 @@ Source: Ruiz (2001), A scaling algorithm to equilibrate both rows and columns no
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,13 +41,13 @@ class Data(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Data:
         """Convert all tensors."""
-        return Data(*(field.to(dtype) if isinstance(field, Tensor) else field for field in self))
-
+        fields: list[Any] = [field.to(dtype) if isinstance(field, Tensor) else field for field in self]
+        return Data(*fields)
 
     def impossible(self, batch: int) -> Tensor:  # -> (N,) bool
         """Tell where a single constraint cannot be satisfied: bounds that cross, or at the wrong infinity."""
         inequality = torch.arange(self.f.shape[-1], device=self.f.device) >= self.n_eq
-        empty = ((self.f == -torch.inf) | (~inequality & torch.isinf(self.f))).any(-1)
+        empty = ((self.f == -torch.inf) | (inequality.logical_not() & torch.isinf(self.f))).any(-1)
         if self.lb is not None:
             empty = empty | (self.lb == torch.inf).any(-1)
         if self.ub is not None:
@@ -65,6 +65,16 @@ class Scaling(NamedTuple):
     cost: Tensor  # (N or 1, 1)
 
 
+class Units(NamedTuple):
+    """What sets the units of scaled programs where a point does not; leading dimension N or 1."""
+
+    least: Tensor  # (N or 1,): the smallest right-hand side or bound that is not zero, 1 where all are
+    primal: Tensor  # (N or 1,): the smaller of that and |p|/|Q|, or 1
+    dual: Tensor  # (N or 1,): |p|, or a trifle of |Q| times `primal`, or 1
+    reach: Tensor  # (N or 1,): the largest right-hand side or bound, at least `primal`
+    slope: Tensor  # (N or 1,): |p| or |Q| times `reach`, or 1
+
+
 class Program(NamedTuple):
     """The scaled programs, infinities replaced by zeros and masks; leading dimension N or 1."""
 
@@ -80,12 +90,13 @@ class Program(NamedTuple):
     pinned: Tensor  # (N or 1, n) bool: lb == ub
     compliance: Tensor  # (N or 1, m)
     scaling: Scaling
+    units: Units
     n_eq: int
     bounded: bool  # whether any program may have bounds
 
     @staticmethod
     def of(data: Data, stiffness: Tensor | None = None) -> Program:
-        """Scale the programs and take their infinities out; elastic rows and stiff coordinates in units of their own."""
+        """Scale the programs and take their infinities out; what is elastic or stiff gets units of its own."""
         column, row, cost = equilibrate(data.Q, data.E)
         if data.compliance is not None:
             row = row * _power_of_two((1.0 + data.compliance * row**2 / cost).rsqrt())
@@ -100,19 +111,25 @@ class Program(NamedTuple):
         has_lb, has_ub = torch.isfinite(lb), torch.isfinite(ub)
         pinned = has_lb & has_ub & (lb >= ub)
         compliance = data.p.new_zeros(1, 1) if data.compliance is None else data.compliance
+        Q = cost.unsqueeze(-1) * column.unsqueeze(-1) * data.Q * column.unsqueeze(-2)
+        p = cost * column * data.p
+        f = torch.where(rows, row * data.f, 0.0)
+        lb = torch.where(has_lb, lb / column, 0.0)
+        ub = torch.where(has_ub, ub / column, 0.0)
         return Program(
-            Q=cost.unsqueeze(-1) * column.unsqueeze(-1) * data.Q * column.unsqueeze(-2),
-            p=cost * column * data.p,
+            Q=Q,
+            p=p,
             E=row.unsqueeze(-1) * data.E * column.unsqueeze(-2),
-            f=torch.where(rows, row * data.f, 0.0),
-            lb=torch.where(has_lb, lb / column, 0.0),
-            ub=torch.where(has_ub, ub / column, 0.0),
+            f=f,
+            lb=lb,
+            ub=ub,
             rows=rows,
-            has_lb=has_lb & ~pinned,
-            has_ub=has_ub & ~pinned,
+            has_lb=has_lb & pinned.logical_not(),
+            has_ub=has_ub & pinned.logical_not(),
             pinned=pinned,
             compliance=compliance * row**2 / cost,
             scaling=scaling,
+            units=_units(Q, p, (f, lb, ub)),
             n_eq=data.n_eq,
             bounded=data.lb is not None or data.ub is not None,
         )
@@ -163,15 +180,10 @@ def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
     stationarity = curved + program.p + pulled + bound
     image = quadratic.matvec(program.E, z)
     gap = torch.where(program.rows, image - program.compliance * y - program.f, 0.0)
-    largest = quadratic.largest
-    size = largest(program.Q.flatten(-2))
-    size_p = largest(program.p)
-    free = torch.where((size > 0) & (size_p > 0), size_p / torch.where(size > 0, size, 1.0), torch.inf)
-    unit = smallest_side(program, free)
+    largest, units = quadratic.largest, program.units
     length = torch.linalg.vector_norm(z, dim=-1)
-    primal = torch.maximum(length, 1e-5 * unit).unsqueeze(-1)
-    floor = torch.where((size > 0) | (size_p > 0), torch.maximum(size_p, 1e-5 * size * unit), 1.0)
-    parts = torch.broadcast_tensors(largest(curved), size_p, largest(pulled), largest(bound), floor)
+    primal = torch.maximum(length, 1e-5 * units.primal).unsqueeze(-1)
+    parts = torch.broadcast_tensors(largest(curved), largest(pulled), largest(bound), units.dual)
     dual = torch.stack(parts).amax(0).unsqueeze(-1)
     terms = program.f.abs() + primal + program.compliance * y.abs()
     nearest = torch.where(z >= 0, program.ub, program.lb)
@@ -196,23 +208,31 @@ def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
     ]
     residual = torch.stack(torch.broadcast_tensors(*ratios)).amax(0)
     residual = torch.where(torch.isfinite(residual), residual, torch.inf)
-    sides = [largest(side) for side in (program.f, program.lb, program.ub)]
-    reach = torch.stack(torch.broadcast_tensors(unit, *sides)).amax(0)
-    slope = torch.maximum(size_p, size * reach)
-    slope = torch.where(slope > 0, slope, 1.0)
-    absolute = torch.maximum(largest(over) / reach, largest(stationarity) / slope)
+    absolute = torch.maximum(largest(over) / units.reach, largest(stationarity) / units.slope)
     absolute = torch.where(torch.isfinite(absolute), absolute, torch.inf)
     return Point(z, y, bound, gap, stationarity, terms, bound_terms, primal, dual, residual, absolute)
 
 
-def smallest_side(program: Program, least: Tensor | None = None) -> Tensor:  # -> (N or 1,)
-    """Find the smallest right-hand side or bound that is not zero, or `least`; 1 where there is nothing."""
-    least = program.lb.new_full((1,), torch.inf) if least is None else least
-    for side in (program.f, program.lb, program.ub):
-        if side.shape[-1]:
-            size = side.abs()
-            least = torch.minimum(least, torch.where(size > 0, size, torch.inf).amin(-1))
-    return torch.where(torch.isfinite(least), least, 1.0)
+def _units(Q: Tensor, p: Tensor, sides: tuple[Tensor, ...]) -> Units:
+    """Find what sets the units."""
+    size, size_p = quadratic.largest(Q.flatten(-2)), quadratic.largest(p)
+    present = [side.abs() for side in sides if side.shape[-1]]  # the bounds always are
+    largest = torch.stack(torch.broadcast_tensors(*(side.amax(-1) for side in present))).amax(0)
+    smallest = (torch.where(side > 0, side, torch.inf).amin(-1) for side in present)
+    least = torch.stack(torch.broadcast_tensors(*smallest)).amin(0)
+    free = torch.where((size > 0) & (size_p > 0), size_p / torch.where(size > 0, size, 1.0), torch.inf)
+    primal = torch.minimum(least, free)
+    primal = torch.where(torch.isfinite(primal), primal, 1.0)
+    reach = torch.maximum(largest, primal)
+    floor = torch.maximum(size_p, 1e-5 * size * primal)
+    slope = torch.maximum(size_p, size * reach)
+    return Units(
+        torch.where(torch.isfinite(least), least, 1.0),
+        primal,
+        torch.where(floor > 0, floor, 1.0),
+        reach,
+        torch.where(slope > 0, slope, 1.0),
+    )
 
 
 def relative_residual(data: Data, z: Tensor, y: Tensor, bound: Tensor) -> Tensor:  # -> (N,)
@@ -226,9 +246,8 @@ def equilibrate(Q: Tensor, E: Tensor) -> Scaling:
     """Scale the columns and rows of [Q Eᵀ; E 0] towards one size, and the cost to |Q| about 1; Q = 0 is left alone."""
     n, m = Q.shape[-1], E.shape[-2]
     size_q, size_e = Q.abs(), E.abs()
-    total = size_q.amax(-1)  # (N or 1, n)
     batch = max(Q.shape[0], E.shape[0])
-    column = torch.ones_like(total[:1]).expand(batch, n)
+    column = Q.new_ones(batch, n)
     row = E.new_ones(batch, m)
     cost = Q.new_ones(batch, 1)
     for _ in range(_RUIZ_ITERATIONS):
@@ -267,10 +286,10 @@ def _power_of_two(value: Tensor) -> Tensor:
     return 0.5 * (value / mantissa)
 
 
-def _pick(field: object, index: Tensor) -> object:
+def _pick(field: Any, index: Tensor) -> Any:
     """Index a tensor, or all tensors of a tuple, of which the batch does not share one."""
     if isinstance(field, Tensor):
         return field if field.shape[0] == 1 else field[index]
-    if isinstance(field, Scaling):
-        return Scaling(*(_pick(part, index) for part in field))
+    if isinstance(field, (Scaling, Units)):
+        return type(field)(*(_pick(part, index) for part in field))
     return field

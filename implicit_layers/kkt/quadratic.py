@@ -71,14 +71,14 @@ class Reduced(NamedTuple):
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, n) -> (*B, m)
     """Multiply a matrix with a vector, batched."""
     if matrix.ndim == 3 and vector.ndim == 2 and matrix.shape[0] == 1:  # one matrix for all vectors
-        return vector @ matrix[0].mT
+        return vector @ matrix.squeeze(0).mT
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def transposed_matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, m) -> (*B, n)
     """Multiply a transposed matrix with a vector, batched."""
     if matrix.ndim == 3 and vector.ndim == 2 and matrix.shape[0] == 1:  # one matrix for all vectors
-        return vector @ matrix[0]
+        return vector @ matrix.squeeze(0)
     return (vector.unsqueeze(-2) @ matrix).squeeze(-2)
 
 
@@ -100,7 +100,7 @@ def cholesky_solve(factor: Tensor, vector: Tensor) -> Tensor:  # (*B, n, n), (*B
 def triangular_solve(factor: Tensor, vector: Tensor, *, transposed: bool = False) -> Tensor:
     """Solve L x = vector, or Lᵀ x = vector."""
     shared = factor.ndim == 3 and factor.shape[0] == 1 and vector.shape[0] != 1  # one matrix, many right-hand sides
-    lower, right = (factor[0], vector.mT) if shared else (factor, vector.unsqueeze(-1))
+    lower, right = (factor.squeeze(0), vector.mT) if shared else (factor, vector.unsqueeze(-1))
     solution = torch.linalg.solve_triangular(lower.mT if transposed else lower, right, upper=transposed)
     return solution.mT if shared else solution.squeeze(-1)
 
@@ -345,7 +345,9 @@ def unexpand(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
     strides = tensor.stride()[: tensor.ndim - event_ndim]
     sizes = tensor.shape[: tensor.ndim - event_ndim]
     if batch.numel() and all(stride == 0 or size == 1 for stride, size in zip(strides, sizes, strict=True)):
-        return tensor[(0,) * len(sizes)].unsqueeze(0)
+        for _ in sizes:
+            tensor = tensor.select(0, 0)
+        return tensor.unsqueeze(0)
     return tensor.expand((*batch, *event)).reshape((batch.numel(), *event))
 
 
@@ -354,4 +356,4 @@ def expand(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
     event = tensor.shape[tensor.ndim - event_ndim :]
     if tensor.shape[0] == batch.numel():
         return tensor.reshape((*batch, *event))
-    return tensor[0].expand((*batch, *event))
+    return tensor.squeeze(0).expand((*batch, *event))

@@ -54,8 +54,13 @@ def solve(data: Data, batch: int, mu: Tensor, max_iter: int, check_every: int) -
         now = torch.maximum(reached.infeasibility, off)
         better = now < residual
         residual = torch.where(better, now, residual)
-        best = State(*(torch.where(better if a.ndim == 1 else better.unsqueeze(-1), a, b) for a, b in zip(state, best, strict=True)))
-        running = (residual > tol) & ~state.stuck
+        best = State(
+            *(
+                torch.where(better if a.ndim == 1 else better.unsqueeze(-1), a, b)
+                for a, b in zip(state, best, strict=True)
+            )
+        )
+        running = (residual > tol) & state.stuck.logical_not()
         if count == max_iter or (check_every and count % check_every == 0 and not checks.host_bool(running.any())):
             break
         mean = condensed_path.mean_product(state).unsqueeze(-1)
@@ -65,16 +70,17 @@ def solve(data: Data, batch: int, mu: Tensor, max_iter: int, check_every: int) -
     bound = torch.where(program.pinned, -program.gradient(state.z, y), bound)
     z, y, bound = program.unscaled(state.z, y, bound)
     n, n_eq = z.shape[-1], program.n_eq
-    n_ineq = program.E.shape[-2] - n_eq
     lam = state.lam / state.balance
     ratio = torch.where(state.there > 0, state.s / torch.where(state.there > 0, lam, 1.0), 0.0)
-    soft = torch.cat([ratio.new_zeros(batch, n_eq), ratio[:, :n_ineq]], dim=-1) * cost / row**2
+    rows, *bounds = condensed_path.split_cone(program, ratio) if program.bounded else (ratio,)
+    soft = torch.cat([ratio.new_zeros(batch, n_eq), rows], dim=-1) * cost / row**2
     own = torch.zeros_like(soft) if data.compliance is None else data.compliance
     pinned = program.pinned.expand(batch, n)
     fixed = torch.where(pinned, torch.where(bound < 0, -1.0, 1.0), 0.0).to(z.dtype)
     if program.bounded:
-        stiff = torch.where(ratio > 0, 1.0 / torch.where(ratio > 0, ratio, 1.0), 0.0)[:, n_ineq:]
-        lower, upper = stiff[:, :n] / (cost * column**2), stiff[:, n:] / (cost * column**2)
+        lower, upper = (
+            torch.where(part > 0, 1.0 / torch.where(part > 0, part, 1.0), 0.0) / (cost * column**2) for part in bounds
+        )
     else:
         lower = upper = torch.zeros_like(z)
     return BarrierPoint(

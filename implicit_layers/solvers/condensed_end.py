@@ -52,20 +52,20 @@ def guess(program: Program, state: State, *, balanced: bool, near: bool) -> Gues
 
     Balanced, each is measured by the largest of its kind; otherwise as they are.
     """
-    batch, n = state.z.shape
+    batch = state.z.shape[0]
     lam, s = state.lam, state.s
     if balanced and lam.shape[-1]:
         lam = lam / lam.amax(-1, keepdim=True).clamp(min=torch.finfo(lam.dtype).tiny)
-        reach = torch.maximum(quadratic.largest(state.z), condensed_path.smallest_side(program)).unsqueeze(-1)
+        reach = torch.maximum(quadratic.largest(state.z), program.units.least).unsqueeze(-1)
         s = s / torch.minimum(s.amax(-1, keepdim=True), reach)
     held = (state.there > 0) & (lam > s)
-    n_ineq = program.E.shape[-2] - program.n_eq
-    active = torch.cat([held.new_ones(batch, program.n_eq), held[:, :n_ineq]], dim=-1).to(s.dtype)
+    rows = condensed_path.split_cone(program, held)[0] if program.bounded else held
+    active = torch.cat([held.new_ones(batch, program.n_eq), rows], dim=-1).to(s.dtype)
     fixed = torch.zeros_like(state.z)
     if program.bounded:
-        lower, upper = held[:, n_ineq : n_ineq + n], held[:, n_ineq + n :]
-        both = lower & upper
-        upper = upper & (~both | (lam[:, n_ineq + n :] >= lam[:, n_ineq : n_ineq + n]))
+        _, lower, upper = condensed_path.split_cone(program, held)
+        _, pull, push = condensed_path.split_cone(program, lam)
+        upper = upper & (lower.logical_not() | (push >= pull))
         fixed = torch.where(upper, 1.0, torch.where(lower, -1.0, 0.0)).to(s.dtype)
         fixed = torch.where(program.pinned & (fixed == 0), 1.0, fixed)
     if not near:
@@ -103,7 +103,7 @@ def solve_on(program: Program, tried: Guess, *, tol: float, sign_tol: float, ref
     new_fixed = fixed
     y = torch.where(inequality, y.clamp(min=0.0), y)
     if program.bounded:
-        loose = (fixed != 0) & ~program.pinned & (fixed * bound < -sign_tol * raw.dual_unit)
+        loose = (fixed != 0) & program.pinned.logical_not() & (fixed * bound < -sign_tol * raw.dual_unit)
         above = (fixed == 0) & program.has_ub & (z - program.ub > sign_tol * raw.bound_terms)
         below = (fixed == 0) & program.has_lb & (program.lb - z > sign_tol * raw.bound_terms)
         new_fixed = torch.where(loose, 0.0, torch.where(above, 1.0, torch.where(below, -1.0, fixed)))
@@ -116,7 +116,7 @@ def solve_on(program: Program, tried: Guess, *, tol: float, sign_tol: float, ref
         z = torch.where(program.has_ub, torch.minimum(z, program.ub), z)
         fixed = torch.where(program.pinned, torch.where(bound < 0, -1.0, 1.0), fixed)
     at = judge(program, z, y, bound)
-    accepted = ~wrong & (at.residual <= tol)
+    accepted = wrong.logical_not() & (at.residual <= tol)
     done = Guess(active, fixed, z, y)
     sane = torch.isfinite(z).all(-1, keepdim=True) & torch.isfinite(y).all(-1, keepdim=True)
     again = Guess(

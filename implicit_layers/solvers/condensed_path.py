@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers.kkt import condensed, quadratic
-from implicit_layers.kkt.program import Point, Program, judge, smallest_side
+from implicit_layers.kkt.program import Point, Program, judge
 
 _TO_BOUNDARY = 0.995
 _SHORTEST = 1e-8  # a shorter step means that the iteration is stuck
@@ -50,16 +50,28 @@ class State(NamedTuple):
         return State(*(field.index_copy(0, index, new) for field, new in zip(self, part, strict=True)))
 
 
+def split_rows(program: Program, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut a vector of rows into equalities and inequalities."""
+    equalities, inequalities = rows.split([program.n_eq, rows.shape[-1] - program.n_eq], dim=-1)
+    return equalities, inequalities
+
+
+def split_cone(program: Program, cone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut a vector of the cone of programs with bounds: inequality rows, lower bounds, upper bounds."""
+    n = program.Q.shape[-1]
+    rows, lower, upper = cone.split([cone.shape[-1] - 2 * n, n, n], dim=-1)
+    return rows, lower, upper
+
+
 def cone_image(program: Program, z: Tensor, rows: Tensor | None = None) -> Tensor:  # -> (k, c)
     """Multiply C z; `rows` is E z where it is known."""
-    image = (quadratic.matvec(program.E, z) if rows is None else rows)[..., program.n_eq :]
+    _, image = split_rows(program, quadratic.matvec(program.E, z) if rows is None else rows)
     return torch.cat([image, -z, z], dim=-1) if program.bounded else image
 
 
 def _cone_offset(program: Program, batch: int) -> tuple[Tensor, Tensor]:
     """Give o and where there are constraints, (k, c) each."""
-    n_eq = program.n_eq
-    parts, there = [program.f[:, n_eq:]], [program.rows[:, n_eq:]]
+    parts, there = [split_rows(program, program.f)[1]], [split_rows(program, program.rows)[1]]
     if program.bounded:
         parts += [-program.lb, program.ub]
         there += [program.has_lb, program.has_ub]
@@ -79,11 +91,10 @@ def duals(program: Program, state: State) -> tuple[Tensor, Tensor]:
 
 def _split(program: Program, nu: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """Cut the duals of the cone: (k, m) of all rows, (k, n) of the bounds."""
-    n, n_ineq = program.Q.shape[-1], program.E.shape[-2] - program.n_eq
-    y = torch.cat([nu, lam[:, :n_ineq]], dim=-1)
     if not program.bounded:
-        return y, y.new_zeros(1, 1).expand(y.shape[0], n)
-    return y, lam[:, n_ineq + n :] - lam[:, n_ineq : n_ineq + n]
+        return torch.cat([nu, lam], dim=-1), nu.new_zeros(1, 1).expand(nu.shape[0], program.Q.shape[-1])
+    rows, lower, upper = split_cone(program, lam)
+    return torch.cat([nu, rows], dim=-1), upper - lower
 
 
 def point(program: Program, state: State) -> Point:
@@ -99,21 +110,18 @@ def start(program: Program, batch: int) -> State:
     size_q, size_p = quadratic.largest(program.Q.flatten(-2)), quadratic.largest(program.p)
     sides = [t.abs().amax(-1) for t in (program.f, program.lb, program.ub) if t.shape[-1]]
     side = torch.stack(torch.broadcast_tensors(*sides)).amax(0)
-    least = smallest_side(program)
-    side = torch.where(side > 0, torch.maximum(least, side.clamp(max=1.0)), 1.0)
+    side = torch.where(side > 0, torch.maximum(program.units.least, side.clamp(max=1.0)), 1.0)
     steep = torch.maximum(size_q, size_p / side)
     balance = torch.where(steep > 0, steep, 1.0).reciprocal().expand(batch).unsqueeze(-1)
     _, delta = condensed.regularisation(dtype)
-    equality = (~program.inequality()).to(dtype)
+    equality = (program.inequality().logical_not()).to(dtype)
     weight = (equality / (delta + program.compliance)).expand(batch, -1)
-    free = (~program.pinned).to(dtype).expand(batch, n)
+    free = (program.pinned.logical_not()).to(dtype).expand(batch, n)
     held = torch.where(program.pinned, program.lb, 0.0).expand(batch, n)
-    H, _ = condensed.assemble(program, weight, torch.ones_like(p), free, balance)
+    H = condensed.assemble(program, weight, torch.ones_like(p), free, balance)
     chol, _ = torch.linalg.cholesky_ex(H)
     pull = quadratic.transposed_matvec(program.E, weight * (program.f - quadratic.matvec(program.E, held)))
-    z = held + free * quadratic.cholesky_solve(
-        chol, free * (pull - balance * (p + quadratic.matvec(program.Q, held)))
-    )
+    z = held + free * quadratic.cholesky_solve(chol, free * (pull - balance * (p + quadratic.matvec(program.Q, held))))
     z = torch.where(program.has_lb, torch.maximum(z, program.lb), z)
     z = torch.where(program.has_ub, torch.minimum(z, program.ub), z)
     offset, there = _cone_offset(program, batch)
@@ -161,19 +169,28 @@ class Progress(NamedTuple):
 
 def progress(program: Program, state: State) -> Progress:
     """Measure complementarity and infeasibility of a state."""
-    at = point(program, state)
-    unit = torch.maximum(at.primal_unit.squeeze(-1), smallest_side(program))
-    measure = _mean(state, state.lam * state.s) / (state.balance * at.dual_unit).squeeze(-1) / unit
-    stationarity = torch.where(program.pinned, 0.0, at.stationarity) / at.dual_unit
-    rows = (at.gap / at.terms)[:, : program.n_eq]
-    offset, _ = _cone_offset(program, state.z.shape[0])
-    n_ineq = program.E.shape[-2] - program.n_eq
-    yielded = program.compliance.expand(1 if program.compliance.shape[0] == 1 else -1, program.E.shape[-2])
-    yielded = torch.nn.functional.pad(yielded[:, program.n_eq :], (0, state.s.shape[-1] - n_ineq)) * state.lam
-    off = state.there * (offset - cone_image(program, state.z) + yielded / state.balance - state.s)
+    z, units, n_eq = state.z, program.units, program.n_eq
+    largest = quadratic.largest
+    y, bound = _split(program, state.nu, state.lam)
+    curved, image = quadratic.matvec(program.Q, z), quadratic.matvec(program.E, z)
+    pulled = quadratic.transposed_matvec(program.E, y)
+    stationarity = torch.where(program.pinned, 0.0, state.balance * (curved + program.p) + pulled + bound)
+    balance = state.balance.squeeze(-1)
+    parts = (balance * largest(curved), largest(pulled), largest(bound), balance * units.dual)
+    dual = torch.stack(torch.broadcast_tensors(*parts)).amax(0)
+    length = torch.linalg.vector_norm(z, dim=-1)
+    unit = torch.maximum(length, units.least)
+    measure = mean_product(state) / (dual * unit)
+    yielded = program.compliance * y / state.balance
+    f_eq, _ = split_rows(program, program.f)
+    terms = f_eq.abs() + torch.maximum(length, 1e-5 * units.primal).unsqueeze(-1)
+    rows = (split_rows(program, image - yielded)[0] - f_eq) / terms
+    offset, _ = _cone_offset(program, z.shape[0])
+    soft = torch.nn.functional.pad(split_rows(program, yielded)[1], (0, state.s.shape[-1] - yielded.shape[-1] + n_eq))
+    off = state.there * (offset - cone_image(program, z, image) + soft - state.s)
     off = off / torch.maximum(state.s, unit.unsqueeze(-1))
-    parts = (quadratic.largest(part) for part in (stationarity, rows, off))
-    return Progress(measure, torch.stack(torch.broadcast_tensors(*parts)).amax(0))
+    errors = (largest(stationarity) / dual, largest(rows), largest(off))
+    return Progress(measure, torch.stack(torch.broadcast_tensors(*errors)).amax(0))
 
 
 def mean_product(state: State) -> Tensor:  # -> (k,)
@@ -186,9 +203,7 @@ def _mean(state: State, products: Tensor) -> Tensor:  # (k, c) -> (k,)
     return (state.there * products).sum(-1) / state.there.sum(-1).clamp(min=1.0)
 
 
-def step(
-    program: Program, state: State, running: Tensor, reached: Progress, barrier: Tensor | None = None
-) -> State:
+def step(program: Program, state: State, running: Tensor, reached: Progress, barrier: Tensor | None = None) -> State:
     """Take one predictor–corrector step where `running`; towards λ∘s = barrier (k, 1) where that is given."""
     z, nu, s, lam, there, balance, caution, iterations, stuck, best, since = state
     measure = reached.measure
@@ -201,25 +216,27 @@ def step(
     rho = (caution * near.clamp(min=floor_rho)).unsqueeze(-1)
     delta = (caution * near.clamp(min=floor_delta)).unsqueeze(-1)
     compliance = program.compliance.expand(-1, n_eq + n_ineq) / balance
-    rows_c = compliance[:, n_eq:]
+    eq_c, rows_c = split_rows(program, compliance)
     cone_c = torch.nn.functional.pad(rows_c, (0, s.shape[-1] - n_ineq))
-    free = (~program.pinned).to(z.dtype).expand(batch, n)
+    free = (program.pinned.logical_not()).to(z.dtype).expand(batch, n)
 
     y, bound = _split(program, nu, lam)
     image = quadratic.matvec(program.E, z)
     pulled = quadratic.transposed_matvec(program.E, y)
     r_d = -free * (balance * (quadratic.matvec(program.Q, z) + program.p) + pulled + bound)
-    r_e = program.f[:, :n_eq] - image[:, :n_eq] + compliance[:, :n_eq] * nu
+    r_e = split_rows(program, program.f - image)[0] + eq_c * nu
     offset, _ = _cone_offset(program, batch)
     r_i = there * (offset - cone_image(program, z, image) + cone_c * lam - s)
     safe = torch.where(there > 0, lam, 1.0)
     ratio = s / safe
     W = there / (ratio + delta + cone_c)
-    weight_e = (1.0 / (delta + compliance[:, :n_eq])).expand(batch, n_eq)
+    weight_e = (1.0 / (delta + eq_c)).expand(batch, n_eq)
     diagonal = rho.expand(batch, n)
+    W_rows = W
     if program.bounded:
-        diagonal = diagonal + W[:, n_ineq : n_ineq + n] + W[:, n_ineq + n :]
-    H, _ = condensed.assemble(program, torch.cat([weight_e, W[:, :n_ineq]], dim=-1), diagonal, free, balance)
+        W_rows, W_lower, W_upper = split_cone(program, W)
+        diagonal = diagonal + W_lower + W_upper
+    H = condensed.assemble(program, torch.cat([weight_e, W_rows], dim=-1), diagonal, free, balance)
     chol, info = torch.linalg.cholesky_ex(H)
 
     def direction(r_c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -228,7 +245,7 @@ def step(
         right = r_d + quadratic.transposed_matvec(program.E, w_y) + w_bound
         d_z = quadratic.cholesky_solve(chol, free * right)
         moved = quadratic.matvec(program.E, d_z)
-        d_nu = weight_e * (moved[:, :n_eq] - r_e)
+        d_nu = weight_e * (split_rows(program, moved)[0] - r_e)
         d_lam = W * (cone_image(program, d_z, moved) - wanted)
         return d_z, d_nu, d_lam, there * (r_c - s * d_lam) / safe
 
@@ -252,7 +269,7 @@ def step(
     def forward(value: Tensor, change: Tensor) -> Tensor:
         return torch.where(move, value + length * change, value)
 
-    broken = running & ~sound
+    broken = running & sound.logical_not()
     caution = torch.where(broken, caution * 100.0, torch.where(running, (caution * 0.3).clamp(min=1.0), caution))
     merit = torch.maximum(measure, reached.infeasibility)
     gains = merit < 0.9 * best
@@ -267,7 +284,7 @@ def step(
         balance,
         caution,
         iterations + running,
-        stuck | (running & sound & ~ok) | (broken & (caution > 1e8)),
+        stuck | (running & sound & ok.logical_not()) | (broken & (caution > 1e8)),
         best,
         since,
     )

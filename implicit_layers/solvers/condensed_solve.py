@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
+from implicit_layers.kkt import condensed
 from implicit_layers.kkt.program import Program
 from implicit_layers.solvers import condensed_end, condensed_path
 from implicit_layers.solvers.condensed_end import End, Guess
@@ -20,6 +21,7 @@ class Settings(NamedTuple):
     tol: float  # largest relative KKT residual of an answer
     max_iter: int
     check_every: int  # iterations between two questions of the host; 0: none
+    thorough: bool = True  # whether to tell constraints that hold loosely from duplicates of others
 
 
 class _Phase(NamedTuple):
@@ -45,6 +47,14 @@ _PHASES_NATIVE = (
     _Phase(1e-2, 2e-6, 2e-6, 3, balanced=False, near=False, rounds=3),
     _Phase(1e-4, 2e-6, 2e-6, 4, balanced=False, near=True, rounds=3),
     _Phase(1e-6, 1e-5, 5e-6, 6, balanced=True, near=True, rounds=4),
+)
+_BLIND = (  # where the host asks nothing: all of it, whatever comes out
+    _Phase(1e-12, 1e-11, 1e-11, 6, balanced=False, near=True, rounds=3),
+    _Phase(1e-12, 1e-10, 1e-10, 8, balanced=True, near=True, rounds=3),
+)
+_BLIND_NATIVE = (
+    _Phase(1e-6, 2e-6, 2e-6, 4, balanced=False, near=True, rounds=3),
+    _Phase(1e-6, 1e-5, 5e-6, 6, balanced=True, near=True, rounds=3),
 )
 
 
@@ -83,7 +93,7 @@ class Outcome(NamedTuple):
     def put(self, index: Tensor | None, end: End, iterations: Tensor | None) -> Outcome:
         """Write down what is better than what is there: verified ends first, then smaller residuals."""
         old = self if index is None else Outcome(*(field[index] for field in self))
-        better = (end.accepted & ~old.exact) | (~old.exact & (end.at.residual < old.residual))
+        better = (end.accepted & old.exact.logical_not()) | (old.exact.logical_not() & (end.at.residual < old.residual))
         count = old.iterations if iterations is None else torch.where(old.exact, old.iterations, iterations)
         new = Outcome(
             end.at.z,
@@ -123,7 +133,8 @@ def solve(program: Program, batch: int, settings: Settings) -> Outcome:
         return _without_cone(program, batch, outcome, phases)
     state = condensed_path.start(program, batch)
     if settings.check_every == 0:
-        return _without_questions(program, state, outcome, settings, phases)
+        blind = _BLIND if program.p.dtype == torch.float64 else _BLIND_NATIVE
+        return _without_questions(program, state, outcome, settings, blind)
     index = torch.arange(batch, device=program.p.device)
     for phase in phases:
         state = _advance(program, state, phase.measure, settings)
@@ -134,11 +145,11 @@ def solve(program: Program, batch: int, settings: Settings) -> Outcome:
             end = _end(part, tried, phase, settings)
             outcome = outcome.put(index[rows], end, state.iterations[rows])
             settled[rows] = end.accepted
-            again = (~end.accepted).nonzero().squeeze(-1)
+            again = (end.accepted.logical_not()).nonzero().squeeze(-1)
             if not again.numel():
                 break
             rows, part, tried = rows[again], part.take(again), end.corrected.take(again)
-        left = (~settled).nonzero().squeeze(-1)
+        left = (settled.logical_not()).nonzero().squeeze(-1)
         index, program, state = index[left], program.take(left), state.take(left)
         if not left.numel():
             return outcome
@@ -148,7 +159,10 @@ def solve(program: Program, batch: int, settings: Settings) -> Outcome:
 def _end(program: Program, tried: Guess, phase: _Phase, settings: Settings) -> End:
     """Solve on a guess with the settings of a phase."""
     tol = min(settings.tol, phase.tol)
-    return condensed_end.solve_on(program, tried, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine)
+    end = condensed_end.solve_on(program, tried, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine)
+    if phase.near or not settings.thorough:
+        return end
+    return end._replace(accepted=end.accepted & end.weak.logical_not())  # which may be duplicates
 
 
 def _without_cone(program: Program, batch: int, outcome: Outcome, phases: tuple[_Phase, ...]) -> Outcome:
@@ -168,9 +182,9 @@ def _without_questions(
     target = phases[-1].measure
     for _ in range(settings.max_iter):
         reached = condensed_path.progress(program, state)
-        running = ~_done(reached, target) & ~state.stuck
+        running = _running(reached, target, state)
         state = condensed_path.step(program, state, running, reached)
-    for phase in phases[-2:]:
+    for phase in phases:
         tried = condensed_end.guess(program, state, balanced=phase.balanced, near=phase.near)
         for _ in range(phase.rounds):
             end = _end(program, tried, phase, settings)
@@ -185,13 +199,14 @@ def as_it_is(program: Program, state: State) -> End:
     at = condensed_path.point(program, state)
     no = torch.zeros_like(state.stuck)
     zero = state.z.new_zeros(1, 1)
-    factor = condensed_end.condensed.factorise_scaled(program, tried.active, (tried.fixed != 0).to(zero.dtype), zero)
+    factor = condensed.factorise_scaled(program, tried.active, (tried.fixed != 0).to(zero.dtype), zero)
     return End(at, tried, factor, no, no, tried)
 
 
-def _done(reached: condensed_path.Progress, target: float) -> Tensor:  # -> (k,) bool
-    """Tell where the path has come to its end."""
-    return (reached.measure <= target) & (reached.infeasibility <= 1e-2 * target**0.5)
+def _running(reached: condensed_path.Progress, target: float, state: State) -> Tensor:  # -> (k,) bool
+    """Tell where the path has neither come to its end nor got stuck."""
+    done = (reached.measure <= target) & (reached.infeasibility <= 1e-2 * target**0.5)
+    return (done | state.stuck).logical_not()
 
 
 def _advance(program: Program, state: State, target: float, settings: Settings) -> State:
@@ -201,7 +216,7 @@ def _advance(program: Program, state: State, target: float, settings: Settings) 
     count = 0
     while True:
         reached = condensed_path.progress(part, state)
-        running = ~_done(reached, target) & ~state.stuck & (state.iterations < settings.max_iter)
+        running = _running(reached, target, state) & (state.iterations < settings.max_iter)
         if count % settings.check_every == 0:
             at_work = checks.host_int(running.sum())
             if at_work == 0 or at_work <= 0.75 * running.shape[0]:

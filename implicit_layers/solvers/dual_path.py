@@ -24,7 +24,7 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.kkt import quadratic
-from implicit_layers.solvers.active_set import RIDGE, Answers, Program
+from implicit_layers.solvers.active_set import Answers, Program
 
 
 class _Phase(NamedTuple):

@@ -1,10 +1,10 @@
 r"""Proofs that a program has no solution: no feasible point, or no end to the descent.
 
 No feasible point: min ½|t|² subject to Az = b + t_e, Gz ≤ h + t_i, lb ≤ z ≤ ub always has a solution, and its duals
-are t. Where t is not zero it proves the contradiction (Farkas): Eᵀt + bound = 0 and fᵀt + ubᵀbound⁺ − lbᵀbound⁻ < 0.
+are t. Where t is not zero it proves the contradiction (Farkas): Eᵀt + bound = 0, fᵀt + ubᵀbound⁺ − lbᵀbound⁻ < 0.
 
-No end: the projection d of −p on the cone {Qd = 0, Ad = 0, Gd ≤ 0, d ≥ 0 above a bound, d ≤ 0 below one}. Where d is not
-zero, pᵀd = −|d|² < 0, and the objective falls along d for ever.
+No end: the projection d of −p on the cone {Qd = 0, Ad = 0, Gd ≤ 0, d ≥ 0 above a bound, d ≤ 0 below one}. Where d is
+not zero, pᵀd = −|d|² < 0, and the objective falls along d for ever.
 
 Both are programs of the same kind. What they say is checked here by its products with the data, so nothing depends on
 how well they were solved.
@@ -29,7 +29,7 @@ _CONE = 1e-10  # relative: how well a direction has to stay in the cone
 
 def reasons(data: Data, batch: int, settings: Settings) -> Tensor:  # -> (N,) int8, numbers of `Status`
     """Say why programs have no solution, as far as that can be proven."""
-    settings = settings._replace(tol=1e-9)
+    settings = settings._replace(tol=1e-9, thorough=False)
     least = 1e-12 if data.p.dtype == torch.float64 else 1e-5  # what is relatively smaller may be rounding of the data
     data = data.to(torch.float64)
     infeasible, feasible = _contradiction(data, batch, least, settings)
@@ -52,7 +52,11 @@ def _contradiction(data: Data, batch: int, least: float, settings: Settings) -> 
     upward, downward = bound.clamp(min=0.0), (-bound).clamp(min=0.0)
     reachable = program.has_ub | program.pinned, program.has_lb | program.pinned
     terms = torch.cat(
-        [program.f * y, torch.where(reachable[0], program.ub * upward, 0.0), torch.where(reachable[1], -program.lb * downward, 0.0)],
+        [
+            program.f * y,
+            torch.where(reachable[0], program.ub * upward, 0.0),
+            torch.where(reachable[1], -program.lb * downward, 0.0),
+        ],
         dim=-1,
     )
     depth = -terms.sum(-1)

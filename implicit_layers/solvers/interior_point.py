@@ -10,7 +10,7 @@ follow a central path only to find what is active; the answer is a verified solv
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from implicit_layers.solvers import active_set, central_point, condensed_solve, 
 from implicit_layers.solvers.central_point import BarrierPoint
 from implicit_layers.solvers.condensed_solve import Outcome
 
-_MANY_ROWS = 2.0  # inequality rows for each unknown, beyond which the condensed form is faster
+_MANY_ROWS = 2.5  # inequality rows for each unknown, beyond which the condensed form is faster
 
 # Above which residual an answer may be one of a program that has none, far out, where everything is small relative to
 # the point; and above which residual relative to the data it is none without a proof.
 _SUSPECT = {torch.float64: (2e-12, 1e-6), torch.float32: (2e-6, 1e-3)}
+_LONG = 20  # iterations of the dual form, beyond which the condensed form has a try too
 _POOR = 1e-12  # a residual of the dual form above which the condensed form has a try
 
 
@@ -138,10 +139,9 @@ class InteriorPoint:
         condition = quadratic.condition(factor).expand(batch)
         condition = torch.where(answers.degenerate & int(Degeneracy.DEPENDENT) > 0, torch.inf, condition)
         zero = torch.zeros_like(answers.z)
-        result = QPResult(
-            answers.z, answers.y, zero, answers.active, zero, factor, answers.degenerate, condition, info
-        )
-        poor = (answers.residual > min(tol, _POOR)) | (_stationarity(data, answers.z, answers.y) > _POOR)
+        result = QPResult(answers.z, answers.y, zero, answers.active, zero, factor, answers.degenerate, condition, info)
+        poor = (answers.residual > min(tol, _POOR)) | (_roughness(data, answers.z, answers.y) > _POOR)
+        poor = poor | (answers.iterations > _LONG)
         poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | poor)
         if self.form == "dual" or not batch or not checks.host_bool(poor.any()):
             return result
@@ -151,9 +151,10 @@ class InteriorPoint:
         """Solve some programs again in the condensed form; where that is better, all go on in it."""
         part = data.take(index)
         again = self._solve_condensed(part, index.shape[0])
-        old = torch.maximum(result.info.residual[index], _stationarity(part, result.z[index], result.y[index]))
-        new = torch.maximum(again.info.residual, _stationarity(part, again.z, again.y))
-        better = again.info.converged & (new < 0.1 * old)
+        old = torch.maximum(result.info.residual[index], _roughness(part, result.z[index], result.y[index]))
+        new = torch.maximum(again.info.residual, _roughness(part, again.z, again.y))
+        long = result.info.iterations[index] > _LONG
+        better = again.info.converged & ((new < 0.1 * old) | (long & (new <= torch.clamp(old, min=_POOR))))
         better = better | (~result.info.converged[index] & (again.info.status != int(Status.NOT_CONVERGED)))
         if not checks.host_bool(better.any()):
             return result
@@ -206,16 +207,20 @@ class InteriorPoint:
         degenerate = degenerate + (plural | (factor.singular & 1 > 0)) * int(Degeneracy.PRIMAL)
         info = SolveInfo(status, converged, outcome.iterations, outcome.residual)
         condition = condensed.condition(program, factor)
-        return QPResult(
-            z, y, bound, outcome.active, outcome.fixed, factor, degenerate.to(torch.int8), condition, info
-        )
+        return QPResult(z, y, bound, outcome.active, outcome.fixed, factor, degenerate.to(torch.int8), condition, info)
 
 
-def _stationarity(data: Data, z: Tensor, y: Tensor) -> Tensor:  # -> (N,)
-    """Measure Qz + p + Eᵀy relative to its largest term, in the units of the data."""
+def _roughness(data: Data, z: Tensor, y: Tensor) -> Tensor:  # -> (N,)
+    """Measure stationarity relative to its largest term, and rows relative to the length of theirs."""
+    largest = quadratic.largest
     terms = (quadratic.matvec(data.Q, z), data.p.expand_as(z), quadratic.transposed_matvec(data.E, y))
-    largest = torch.stack([quadratic.largest(term) for term in terms]).amax(0)
-    return quadratic.largest(sum(terms[1:], terms[0])) / torch.where(largest > 0, largest, 1.0)
+    size = torch.stack([largest(term) for term in terms]).amax(0)
+    stationarity = largest(sum(terms[1:], terms[0])) / torch.where(size > 0, size, 1.0)
+    gap = quadratic.matvec(data.E, z) - data.f
+    inequality = torch.arange(gap.shape[-1], device=gap.device) >= data.n_eq
+    over = torch.where(inequality, gap.clamp(min=0.0), gap.abs())
+    reach = data.f.abs() + torch.linalg.vector_norm(data.E, dim=-1) * torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return torch.maximum(stationarity, largest(over / torch.where(reach > 0, reach, 1.0)))
 
 
 def _factor(program: Program, outcome: Outcome, *, ask: bool) -> condensed.Factor:

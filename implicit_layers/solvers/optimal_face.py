@@ -51,7 +51,9 @@ def undetermined(program: Program, sure: Held) -> Tensor:  # -> (k,) bool
     return condensed.with_nullity(program, factor, ask=True).singular & 1 > 0
 
 
-def nearest(data: Data, program: Program, outcome: Outcome, singular: Tensor, settings: Settings) -> tuple[Outcome, Tensor]:
+def nearest(
+    data: Data, program: Program, outcome: Outcome, singular: Tensor, settings: Settings
+) -> tuple[Outcome, Tensor]:
     """Move to the minimiser of least norm; also tells where the minimiser is not unique, (k,) bool."""
     sure = held(program, outcome)
     z, _, _ = program.unscaled(outcome.z, outcome.y, outcome.bound)
@@ -96,9 +98,6 @@ def _projection(data: Data, sure: Held, z: Tensor) -> Data:
     count = sum(block.shape[-2] for block in blocks)
     blocks.append(inequalities)
     loose = torch.where(rows, torch.inf, data.f[:, n_eq:])
-    if data.compliance is not None:
-        raise_by = data.compliance[:, n_eq:]
-        loose = torch.where((raise_by > 0) & ~rows, quadratic.matvec(inequalities, z).clamp(min=0.0) + loose, loose)
     sides.append(loose)
     lb = z.new_full((1, n), -torch.inf) if data.lb is None else data.lb
     ub = z.new_full((1, n), torch.inf) if data.ub is None else data.ub

@@ -267,25 +267,35 @@ def check_definite(Q: Tensor) -> tuple[Tensor, Tensor]:
     return factor, (info == 0) & (relative.amin(-1) > floor)
 
 
-def refuse_indefinite(Q: Tensor, batch: torch.Size) -> None:
+def convex(Q: Tensor, batch: torch.Size, rounding: float) -> Tensor:
     """Refuse Q, (N or 1, n, n), with a negative eigenvalue beyond rounding; one host synchronisation, mostly.
 
-    Q + τI is positive definite where Q is semidefinite to rounding, τ = 64 n eps |Q|, |Q| its largest row sum.
+    Q + τI is positive definite where Q is semidefinite to rounding, τ = 64 n eps |Q|, |Q| its largest row sum. Where the
+    data had been rounded more coarsely before, what their rounding made negative is lifted to zero.
+
+    Returns: Q, or Q + a multiple of the identity of the size of the data's rounding.
 
     Raises:
         NotPositiveDefiniteError: names the problem and the smallest eigenvalue.
     """
     n = Q.shape[-1]
     if Q.shape[0] == 0:
-        return
+        return Q
     size = Q.abs().sum(-1).amax(-1)
     shift = 64 * n * torch.finfo(Q.dtype).eps * size
     shifted = Q.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(torch.where(size > 0, shift, 1.0).unsqueeze(-1))
     _, info = torch.linalg.cholesky_ex(shifted)
     if checks.host_bool((info == 0).all()):
-        return
+        return Q
     bad = info != 0
+    if rounding > torch.finfo(Q.dtype).eps:
+        index = bad.nonzero().squeeze(-1)
+        least = torch.linalg.eigvalsh(Q[index])[:, 0]
+        lift = torch.zeros_like(size).index_copy(0, index, shift[index] - least)
+        bad = bad & (lift > n * rounding * size)
+        if not bool(bad.any()):
+            return Q + torch.diag_embed(lift.unsqueeze(-1).expand(-1, n))
     first = Q[bad.nonzero()[0, 0]]
     smallest = float(torch.linalg.eigvalsh(first)[0])
     shared = Q.shape[0] == 1

@@ -108,9 +108,12 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         data = _flat(program, batch, dtype if solver.precision == "native" else torch.float64)
         if settings.elastic:
             data = data._replace(compliance=data.p.new_ones(1, 1).expand(1, data.E.shape[-2]))
+        rounding = torch.finfo(dtype).eps
         if settings.synchronises:
-            quadratic.refuse_indefinite(data.Q, batch)
+            data = data._replace(Q=quadratic.convex(data.Q, batch, rounding))
         result = solver.solve(data, batch.numel())
+        if settings.synchronises and rounding > torch.finfo(data.p.dtype).eps:
+            data, result = _despite_rounding(solver, data, batch.numel(), result, rounding)
         z, y, bound = (t.to(dtype) for t in (result.z, result.y, result.bound))
         residual = result.info.residual
         if dtype != result.z.dtype:  # judge what is returned, not what was rounded away
@@ -152,6 +155,24 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         hint=_NO_INSIDE if settings.gradient == "smoothed" else "",
     )
     return outcome
+
+
+def _despite_rounding(
+    solver: InteriorPoint, data: Data, batch: int, result: QPResult, rounding: float
+) -> tuple[Data, QPResult]:
+    """Solve what is infeasible only because its data were rounded before they came: nearest right-hand sides agree."""
+    infeasible = result.info.status == int(Status.INFEASIBLE)
+    if not checks.host_bool(infeasible.any()):
+        return data, result
+    nothing = (torch.zeros_like(data.Q), torch.zeros_like(data.p))
+    elastic = data._replace(Q=nothing[0], p=nothing[1], compliance=torch.ones_like(data.f[:1]))
+    nearest = solver.solve(elastic, batch)
+    terms = data.f.abs() + quadratic.matvec(data.E.abs(), nearest.z.abs())
+    small = infeasible & (nearest.y.abs() <= 4 * data.E.shape[-1] * rounding * terms).all(-1)
+    if not checks.host_bool(small.any()):
+        return data, result
+    data = data._replace(f=data.f + torch.where(small.unsqueeze(-1), nearest.y, 0.0))
+    return data, solver.solve(data, batch)
 
 
 def _derivative_at(

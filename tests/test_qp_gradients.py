@@ -478,3 +478,56 @@ def test_fake_cuda_tensors_go_through_without_values() -> None:
 def test_settings_out_of_range(setting: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         il.solve_qp(torch.eye(2), torch.ones(2), **setting)  # type: ignore[arg-type]
+
+
+# --- warm start -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["dual", "condensed"])
+@pytest.mark.parametrize("change", [0.0, 1e-3, 1e-1, 10.0])
+def test_a_warm_start_changes_the_work_and_not_the_answer(form: str, change: float) -> None:
+    Q, p, A, b, G, h, *_ = random_qp(15, 12, 3, batch=(2, 8), seed=3, active=0.5)
+    data = {"Q": Q, "A": A, "b": b, "G": G, "h": h}
+    moved = p * (1 + change * normal(0)(2, 8, 15))
+    solver = il.InteriorPoint(form=form)  # type: ignore[arg-type]
+    first = il.solve_qp(p=p, **data, solver=solver)
+    cold = il.solve_qp(p=moved, **data, solver=solver)
+    warm = il.solve_qp(p=moved.requires_grad_(), **data, solver=solver, warm_start=first)
+    assert torch.allclose(warm.z, cold.z, atol=1e-12) and torch.allclose(warm.lam, cold.lam, atol=1e-11)
+    assert warm.info.converged.all() and (warm.info.iterations <= cold.info.iterations).all()
+    if change <= 1e-3:
+        assert warm.info.iterations.eq(0).all()
+    warm.z.sum().backward()
+    assert moved.grad is not None and moved.grad.isfinite().all()
+
+
+def test_a_wrong_warm_start_is_only_slow() -> None:
+    data = boxed(6, 5, 2, batch=(4,), seed=1)
+    right = il.solve_qp(**data)
+    wrong = right._replace(lam=(right.lam == 0).double(), lam_lb=right.lam_ub, lam_ub=right.lam_lb + 1.0)
+    again = il.solve_qp(**data, warm_start=wrong)
+    assert torch.allclose(again.z, right.z, atol=1e-11)
+    with pytest.raises(il.ShapeError, match="warm_start"):
+        il.solve_qp(**data, warm_start=il.solve_qp(**boxed(6, 5, 2, batch=(3,), seed=1)))
+    with pytest.raises(TypeError, match="warm_start"):
+        il.solve_qp(**data, warm_start=right.z)  # type: ignore[arg-type]
+
+
+# --- data rounded to float32 ----------------------------------------------------------------------------------------
+
+
+def test_float32_rounding_makes_nothing_infeasible_or_indefinite() -> None:
+    """Redundant equalities and semidefinite costs, consistent but for their rounding, are solved."""
+    draw = normal(3)
+    for seed in range(10):
+        A, z = draw(6, 4).float(), draw(4).float()
+        solution = il.solve_qp(torch.eye(4), draw(4).float(), A=A, b=A @ z)
+        assert torch.allclose(solution.z, z, atol=1e-4), seed
+        L = draw(3, 20, 5).float()
+        box = torch.ones(20)
+        solution = il.solve_qp(L @ L.mT, draw(3, 20).float(), lb=-box, ub=box)
+        assert solution.info.converged.all()
+    with pytest.raises(il.InfeasibleError):  # beyond rounding
+        il.solve_qp(torch.eye(1), torch.zeros(1), A=torch.ones(2, 1), b=torch.tensor([1.0, 1.001]))
+    with pytest.raises(il.NotPositiveDefiniteError):
+        il.solve_qp(torch.diag(torch.tensor([1.0, -1e-3])), torch.ones(2), lb=-torch.ones(2), ub=torch.ones(2))

@@ -57,6 +57,13 @@ class Data(NamedTuple):
         return empty.expand(batch)
 
 
+class ActiveSet(NamedTuple):
+    """Which constraints hold: where to begin, or where a solve ended."""
+
+    active: Tensor  # (N, m): 1 on rows that hold, else 0
+    fixed: Tensor  # (N, n): +1 at ub, -1 at lb, 0 free
+
+
 class Scaling(NamedTuple):
     """Powers of two: z = column ∘ z̃, rows times `row`, cost times `cost`."""
 

@@ -194,6 +194,7 @@ class QPLayer(nn.Module):
         h: Tensor | None = None,
         lb: Tensor | None = None,
         ub: Tensor | None = None,
+        warm_start: QPSolution | None = None,
     ) -> QPSolution:
         """Solve the program, with duals, slack and how it went; arguments given here replace the learned ones."""
         p = self.p if p is None else p
@@ -213,6 +214,7 @@ class QPLayer(nn.Module):
             gradient=self.gradient,
             smoothing=self.smoothing,
             infeasible=self.infeasible,
+            warm_start=warm_start,
         )
 
     def forward(

@@ -15,7 +15,7 @@ from implicit_layers import checks, transforms
 from implicit_layers.eager import uncompiled
 from implicit_layers.errors import DegenerateGradientWarning, warn
 from implicit_layers.kkt import condensed, quadratic
-from implicit_layers.kkt.program import Data, relative_residual
+from implicit_layers.kkt.program import ActiveSet, Data, relative_residual
 from implicit_layers.qp.arguments import Program, refuse_values
 from implicit_layers.solution import Degeneracy, OnFailure, QPInfo, Status, report_failure
 from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT
@@ -45,9 +45,8 @@ class Settings(NamedTuple):
     gradient: Gradient = "exact"
     smoothing: float = 0.0
     checked: bool = False  # whether the values of the arguments are known to be fit
-    elastic: bool = (
-        False  # whether the rows may be off by their duals: min ½zᵀQz + pᵀz + ½|Az − b|² + ½|max(Gz − h, 0)|²
-    )
+    begin: ActiveSet | None = None  # what to try first
+    elastic: bool = False  # whether rows may be off by their duals, at the price ½|Az − b|² + ½|max(Gz − h, 0)|²
 
     @property
     def synchronises(self) -> bool:
@@ -111,7 +110,7 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         rounding = torch.finfo(dtype).eps
         if settings.synchronises:
             data = data._replace(Q=quadratic.convex(data.Q, batch, rounding))
-        result = solver.solve(data, batch.numel())
+        result = solver.solve(data, batch.numel(), settings.begin)
         if settings.synchronises and rounding > torch.finfo(data.p.dtype).eps:
             data, result = _despite_rounding(solver, data, batch.numel(), result, rounding)
         z, y, bound = (t.to(dtype) for t in (result.z, result.y, result.bound))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.kkt import condensed
-from implicit_layers.kkt.program import Program
+from implicit_layers.kkt.program import ActiveSet, Program
 from implicit_layers.solvers import condensed_end, condensed_path
 from implicit_layers.solvers.condensed_end import End, Guess
 from implicit_layers.solvers.condensed_path import State
@@ -123,8 +123,11 @@ class Outcome(NamedTuple):
         return Outcome(*(field.index_copy(0, index, new) for field, new in zip(self, part, strict=True)))
 
 
-def solve(program: Program, batch: int, settings: Settings) -> Outcome:
-    """Solve a batch of scaled programs as well as possible; says how good each answer is, and no more."""
+def solve(program: Program, batch: int, settings: Settings, begin: ActiveSet | None = None) -> Outcome:
+    """Solve a batch of scaled programs as well as possible; says how good each answer is, and no more.
+
+    `begin`: an active set to try first.
+    """
     phases = _PHASES if program.p.dtype == torch.float64 else _PHASES_NATIVE
     outcome = Outcome.blank(program, batch)
     if batch == 0:
@@ -136,24 +139,39 @@ def solve(program: Program, batch: int, settings: Settings) -> Outcome:
         blind = _BLIND if program.p.dtype == torch.float64 else _BLIND_NATIVE
         return _without_questions(program, state, outcome, settings, blind)
     index = torch.arange(batch, device=program.p.device)
+    if begin is not None:
+        active = torch.where(program.rows, begin.active, 0.0)
+        pinned = torch.where(program.pinned & (begin.fixed == 0), 1.0, begin.fixed)
+        fixed = torch.where(program.pinned | ((pinned > 0) & program.has_ub), pinned, 0.0)
+        fixed = torch.where((pinned < 0) & program.has_lb, pinned, fixed)
+        tried = Guess(active, fixed, torch.zeros_like(state.z), torch.zeros_like(active))
+        outcome, left = _settle(program, index, state, tried, phases[0], settings, outcome)
+        index, program, state = index[left], program.take(left), state.take(left)
     for phase in phases:
+        if not index.numel():
+            return outcome
         state = _advance(program, state, phase.measure, settings)
         tried = condensed_end.guess(program, state, balanced=phase.balanced, near=phase.near)
-        rows = torch.arange(index.shape[0], device=index.device)
-        part, settled = program, torch.zeros_like(state.stuck)
-        for _ in range(phase.rounds):
-            end = _end(part, tried, phase, settings)
-            outcome = outcome.put(index[rows], end, state.iterations[rows])
-            settled[rows] = end.accepted
-            again = (end.accepted.logical_not()).nonzero().squeeze(-1)
-            if not again.numel():
-                break
-            rows, part, tried = rows[again], part.take(again), end.corrected.take(again)
-        left = (settled.logical_not()).nonzero().squeeze(-1)
+        outcome, left = _settle(program, index, state, tried, phase, settings, outcome)
         index, program, state = index[left], program.take(left), state.take(left)
-        if not left.numel():
-            return outcome
-    return outcome.put(index, as_it_is(program, state), state.iterations)
+    return outcome.put(index, as_it_is(program, state), state.iterations) if index.numel() else outcome
+
+
+def _settle(
+    program: Program, index: Tensor, state: State, tried: Guess, phase: _Phase, settings: Settings, outcome: Outcome
+) -> tuple[Outcome, Tensor]:
+    """End what can be ended, correcting the guess a few times; also the positions that are left."""
+    rows = torch.arange(index.shape[0], device=index.device)
+    settled = torch.zeros_like(state.stuck)
+    for _ in range(phase.rounds):
+        end = _end(program, tried, phase, settings)
+        outcome = outcome.put(index[rows], end, state.iterations[rows])
+        settled[rows] = end.accepted
+        again = (end.accepted.logical_not()).nonzero().squeeze(-1)
+        if not again.numel():
+            break
+        rows, program, tried = rows[again], program.take(again), end.corrected.take(again)
+    return outcome, (settled.logical_not()).nonzero().squeeze(-1)
 
 
 def _end(program: Program, tried: Guess, phase: _Phase, settings: Settings) -> End:

@@ -49,14 +49,14 @@ _TO_BOUNDARY = 0.995
 _SHORTEST = 1e-8  # a shorter step means that the iteration is stuck
 
 
-def solve(program: Program, batch: int, *, tol: float, max_iter: int) -> Answers:
-    """Solve a batch of programs with Q positive definite and all of f finite."""
+def solve(program: Program, batch: int, *, tol: float, max_iter: int, start: Tensor | None = None) -> Answers:
+    """Solve a batch of programs with Q positive definite and all of f finite; `start`: active rows to try first."""
     answers = Answers(program, batch)
     if batch:
         if program.E.shape[-2] == program.n_eq:
             _solve_equalities(program, answers, tol)
         else:
-            _solve_inequalities(program, answers, tol, max_iter)
+            _solve_inequalities(program, answers, tol, max_iter, start)
     return answers
 
 
@@ -73,15 +73,23 @@ def _solve_equalities(program: Program, answers: Answers, tol: float) -> None:
         answers.give_up(part, left[still], every[still], contradiction, tol=tol)
 
 
-def _solve_inequalities(program: Program, answers: Answers, tol: float, max_iter: int) -> None:
+def _solve_inequalities(program: Program, answers: Answers, tol: float, max_iter: int, start: Tensor | None) -> None:
     """Follow the central path in phases; after each, settle what can be settled and go on with the rest."""
     path = _CentralPath(program, answers.z.shape[0])
+    if start is not None:
+        first = _PHASES[0]
+        zero, tol_first = torch.zeros_like(start), min(tol, first.tol)
+        left = answers.settle(
+            program, path.index, start, zero, tol=tol_first, sign_tol=first.sign_tol, refine=first.refine
+        )
+        path.keep(left)
+        program = path.program
     inside = (path.w >= 0.0).all(-1).nonzero().squeeze(-1)  # no inequality is violated without inequalities
     if inside.numel():
         equalities = path.equality.expand(inside.shape[0], -1)
         part = program.take(inside)
-        left = answers.settle(part, inside, equalities, equalities, tol=tol, sign_tol=1e-12)
-        path.keep(_without(path.index, inside, left))
+        left = answers.settle(part, path.index[inside], equalities, equalities, tol=tol, sign_tol=1e-12)
+        path.keep(_without(path.index.shape[0], inside, left))
     if path.index.numel():
         path.begin()
     for phase in _PHASES:
@@ -109,9 +117,9 @@ def _solve_inequalities(program: Program, answers: Answers, tol: float, max_iter
         answers.give_up(path.program, path.index, guess, duals, tol=tol)
 
 
-def _without(index: Tensor, tried: Tensor, left: Tensor) -> Tensor:
-    """Say which positions of `index` remain when those tried are settled but for the ones left."""
-    remain = torch.ones_like(index, dtype=torch.bool)
+def _without(count: int, tried: Tensor, left: Tensor) -> Tensor:
+    """Say which of `count` positions remain when those tried are settled but for the ones left."""
+    remain = torch.ones(count, dtype=torch.bool, device=tried.device)
     remain[tried] = False
     remain[tried[left]] = True
     return remain.nonzero().squeeze(-1)

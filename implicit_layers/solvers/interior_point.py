@@ -18,7 +18,7 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentError
 from implicit_layers.kkt import condensed, quadratic
-from implicit_layers.kkt.program import Data, Program
+from implicit_layers.kkt.program import ActiveSet, Data, Program
 from implicit_layers.solution import Degeneracy, SolveInfo, Status
 from implicit_layers.solvers import active_set, central_point, condensed_solve, dual_path, infeasibility, optimal_face
 from implicit_layers.solvers.central_point import BarrierPoint
@@ -94,15 +94,18 @@ class InteriorPoint:
         return 1e-5 if dtype == torch.float32 and self.precision == "native" else 1e-8
 
     @torch.no_grad()
-    def solve(self, data: Data, batch: int) -> QPResult:
-        """Solve a batch of programs; no data are refused here, Q is taken as symmetric."""
+    def solve(self, data: Data, batch: int, begin: ActiveSet | None = None) -> QPResult:
+        """Solve a batch of programs; no data are refused here, Q is taken as symmetric.
+
+        `begin`: an active set to try first; what it does not settle is solved from nothing. Not with check_every=0.
+        """
         if self.precision == "mixed":
             data = data.to(torch.float64)
         if self.check_every and data.p.dtype == torch.float64 and self.form != "condensed":
             chol_q = self._dual_form_applies(data)
             if chol_q is not None:
-                return self._solve_dual(data, batch, chol_q)
-        return self._solve_condensed(data, batch)
+                return self._solve_dual(data, batch, chol_q, begin)
+        return self._solve_condensed(data, batch, begin)
 
     @torch.no_grad()
     def solve_barrier(self, data: Data, batch: int, barrier: Tensor | float) -> BarrierPoint:
@@ -126,13 +129,14 @@ class InteriorPoint:
             suits = suits if bound is None else suits & torch.isinf(bound).all()
         return chol_q if checks.host_bool(suits) else None
 
-    def _solve_dual(self, data: Data, batch: int, chol_q: Tensor) -> QPResult:
+    def _solve_dual(self, data: Data, batch: int, chol_q: Tensor, begin: ActiveSet | None) -> QPResult:
         """Solve in the dual form; where it fails, try the condensed form before giving up."""
         Q, p, E, f, _, _, n_eq, _ = data
         tol = self.tolerance(p.dtype)
         reduced = quadratic.reduce(chol_q, p, E, f, n_eq, active_set.RIDGE)
         program = active_set.Program(Q, p, E, f, n_eq, reduced)
-        answers = dual_path.solve(program, batch, tol=tol, max_iter=self.max_iter)
+        start = None if begin is None else begin.active
+        answers = dual_path.solve(program, batch, tol=tol, max_iter=self.max_iter, start=start)
         factor = answers.factor(program)
         converged = answers.status == int(Status.CONVERGED)
         info = SolveInfo(answers.status, converged, answers.iterations, answers.residual)
@@ -177,12 +181,12 @@ class InteriorPoint:
             SolveInfo(*(merge(a, b) for a, b in zip(result.info, again.info, strict=True))),
         )
 
-    def _solve_condensed(self, data: Data, batch: int) -> QPResult:
+    def _solve_condensed(self, data: Data, batch: int, begin: ActiveSet | None = None) -> QPResult:
         """Solve in the condensed form."""
         tol = self.tolerance(data.p.dtype)
         program = Program.of(data)
         settings = condensed_solve.Settings(tol, self.max_iter, self.check_every)
-        outcome = condensed_solve.solve(program, batch, settings)
+        outcome = condensed_solve.solve(program, batch, settings, begin)
         factor = _factor(program, outcome, ask=self.check_every > 0)
         plural = torch.zeros_like(outcome.exact)
         suspicious, far = _SUSPECT[program.p.dtype]

@@ -23,6 +23,9 @@ from implicit_layers.kkt.program import Point, Program, judge
 
 _TO_BOUNDARY = 0.995
 _SHORTEST = 1e-8  # a shorter step means that the iteration is stuck
+# The proximal terms shrink with λ∘s; ρ stays small, since curvature below it is followed slowly.
+_RHO = {torch.float64: (1e-10, 1e-9), torch.float32: (1e-5, 1e-5)}
+_DELTA = {torch.float64: (1e-9, 1e-5), torch.float32: (1e-5, 1e-5)}
 _PATIENCE = 12  # so many iterations without gain, too
 
 
@@ -209,12 +212,10 @@ def step(program: Program, state: State, running: Tensor, reached: Progress, bar
     measure = reached.measure
     n, n_eq, batch = z.shape[-1], program.n_eq, z.shape[0]
     n_ineq = program.E.shape[-2] - n_eq
-    floor_rho, floor_delta = 1e-9, 1e-9
-    if z.dtype != torch.float64:
-        floor_rho, floor_delta = 1e-5, 1e-5
-    near = (1e-2 * measure).clamp(min=0.0, max=1e-5)
-    rho = (caution * near.clamp(min=floor_rho)).unsqueeze(-1)
-    delta = (caution * near.clamp(min=floor_delta)).unsqueeze(-1)
+    rho_range, delta_range = _RHO[z.dtype], _DELTA[z.dtype]
+    near = 1e-2 * measure
+    rho = (caution * near.clamp(*rho_range)).unsqueeze(-1)
+    delta = (caution * near.clamp(*delta_range)).unsqueeze(-1)
     compliance = program.compliance.expand(-1, n_eq + n_ineq) / balance
     eq_c, rows_c = split_rows(program, compliance)
     cone_c = torch.nn.functional.pad(rows_c, (0, s.shape[-1] - n_ineq))

@@ -205,14 +205,15 @@ def test_float32_stays_float32() -> None:
 def test_indefinite_matrices_are_refused_by_name() -> None:
     L = normal(2, 3, 6, 2)
     good = L @ L.mT  # semidefinite to rounding
-    quadratic.refuse_indefinite(good.reshape(6, 6, 6), torch.Size((2, 3)))
-    quadratic.refuse_indefinite(torch.zeros(1, 4, 4).double(), torch.Size((7,)))
+    rounding = torch.finfo(torch.float64).eps
+    for Q, batch in ((good.reshape(6, 6, 6), (2, 3)), (torch.zeros(1, 4, 4).double(), (7,))):
+        assert quadratic.convex(Q, torch.Size(batch), rounding) is Q
     bad = good.clone()
     bad[1, 2] -= 1e-6 * torch.eye(6).double()
     with pytest.raises(NotPositiveDefiniteError, match=r"Q\[1, 2\] is not positive semidefinite.*-1e-06"):
-        quadratic.refuse_indefinite(bad.reshape(6, 6, 6), torch.Size((2, 3)))
+        quadratic.convex(bad.reshape(6, 6, 6), torch.Size((2, 3)), rounding)
     with pytest.raises(NotPositiveDefiniteError, match=r"Q is not"):
-        quadratic.refuse_indefinite(bad[1, 2:], torch.Size((5,)))
+        quadratic.convex(bad[1, 2:], torch.Size((5,)), rounding)
 
 
 def test_on_a_device_that_is_not_there() -> None:

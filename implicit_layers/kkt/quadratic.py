@@ -270,8 +270,8 @@ def check_definite(Q: Tensor) -> tuple[Tensor, Tensor]:
 def convex(Q: Tensor, batch: torch.Size, rounding: float) -> Tensor:
     """Refuse Q, (N or 1, n, n), with a negative eigenvalue beyond rounding; one host synchronisation, mostly.
 
-    Q + τI is positive definite where Q is semidefinite to rounding, τ = 64 n eps |Q|, |Q| its largest row sum. Where the
-    data had been rounded more coarsely before, what their rounding made negative is lifted to zero.
+    Q + τI is positive definite where Q is semidefinite to rounding, τ = 64 n eps |Q|, |Q| its largest row sum. Where
+    the data had been rounded more coarsely before, what their rounding made negative is lifted to zero.
 
     Returns: Q, or Q + a multiple of the identity of the size of the data's rounding.
 

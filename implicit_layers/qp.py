@@ -198,10 +198,11 @@ class _QP(torch.autograd.Function):
             flat[0] = quadratic.symmetric(flat[0])
             E = _stack_rows(flat[2], flat[4])
             f = _stack_rows(flat[3].unsqueeze(-1), flat[5].unsqueeze(-1)).squeeze(-1)
-            _cholesky(flat[0], batch)
             data = Data(flat[0], flat[1], E, f, None, None, n_eq)
             solver = dataclasses.replace(settings.solver, form="dual", check_every=1)
             result = solver.solve(data, batch.numel())
+            if not isinstance(result.factor, quadratic.Factor):
+                _cholesky(flat[0], batch)  # the dual form applies wherever this does not raise
             z, y = result.z.to(dtype), result.y.to(dtype)
             residual = result.info.residual
             if dtype != torch.float64:  # judge what is returned, not what was rounded away

@@ -134,7 +134,7 @@ def _solve_qp(what: str, n: int, n_ineq: int, n_eq: int, *, bounds: bool = False
         events=tuple(QP_EVENTS[name] for name in names),
         fullgraph=True,
         fullgraph_vmap=False,
-        syncs=(40, 2, 2) if bounds or linear else (15, 2, 1) if n_ineq else (8, 0, 1),
+        syncs=(40, 2, 2) if bounds or linear else (14, 2, 1) if n_ineq else (7, 0, 1),
         iterations=lambda *tensors: solve(*tensors).info.iterations,
     )
 

@@ -60,7 +60,7 @@ class Judge:
 
     certificate: Callable[[Any, Any], float]
     reference: Callable[[Any], Reference]
-    limits: tuple[tuple[torch.dtype, float], ...] = ((torch.float64, 1e-4), (torch.float32, 1e-2))
+    limits: tuple[tuple[torch.dtype, float], ...] = ((torch.float64, 1e-3), (torch.float32, 1e-2))
     comparable: Callable[[list[Tensor]], list[Tensor]] = list
 
     def limit(self, dtype: torch.dtype) -> float:

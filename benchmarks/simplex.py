@@ -21,9 +21,9 @@ from benchmarks.instances import Scores, Transport, scores, transport
 from benchmarks.measure import Contender, Judge, Reference, measure
 from benchmarks.options import Options, Rows
 
-CASES = ((128, 10), (128, 100), (1024, 10), (128, 1000), (1, 32000))  # batch, n
+CASES = ((128, 10), (128, 1000), (1, 32000))  # batch, n
 QUICK = ((16, 10), (16, 100))
-PLANS = ((16, 32, 32), (4, 128, 128), (64, 16, 16))  # batch, n, m
+PLANS = ((64, 16, 16), (4, 128, 128))  # batch, n, m
 PLANS_QUICK = ((4, 8, 8),)
 TEMPERATURE = 0.1  # of the plans
 

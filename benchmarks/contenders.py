@@ -59,8 +59,8 @@ def certificate(problem: QP, answer: Answer) -> float:
     """The largest relative KKT residual of the batch; for a peer that tells no duals, with the best that there are."""
     Q, p, A, b, G, h, _ = problem
     z = answer.z
-    if not len(z):
-        return 0.0
+    if not len(z) or not bool(z.isfinite().all()):
+        return math.inf if len(z) else 0.0
     given = [(answer.nu, answer.lam)] if answer.lam is not None else [_duals(problem, z, near) for near in NEAR]
     residuals = [kkt_certificate(Q, p, z, nu, lam, A=A, b=b, G=G, h=h) for nu, lam in given]
     largest = float(torch.stack(residuals).amin(0).max())
@@ -75,7 +75,7 @@ def _duals(problem: QP, z: Tensor, near: float) -> tuple[Tensor, Tensor]:
     from scipy.optimize import lsq_linear
 
     nus, lams = [], []
-    for Q, p, A, b, G, h, x in zip(*(t.detach().double().cpu() for t in (*problem[:-1], z)), strict=True):
+    for Q, p, A, _, G, h, x in zip(*(t.detach().double().cpu() for t in (*problem[:-1], z)), strict=True):
         active = (G @ x - h) > -near * h.abs().clamp_min(1.0)
         rows = torch.cat([A, G[active]])
         lower = np.r_[np.full(len(A), -np.inf), np.zeros(len(rows) - len(A))]
@@ -268,5 +268,3 @@ def by_name(name: str) -> Contender:
     """The contender of that name."""
     (found,) = [contender for contender in contenders() if contender.name == name]
     return found
-
-

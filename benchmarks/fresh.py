@@ -1,4 +1,4 @@
-"""`python -m benchmarks.fresh MODULE:FUNCTION`: call it with the JSON on stdin in a fresh process, pinned, and print JSON.
+"""`python -m benchmarks.fresh MODULE:FUNCTION`: call it in a fresh process with the JSON on stdin, and print JSON.
 
 For what one process cannot measure twice: its peak resident memory, and another number of threads.
 """

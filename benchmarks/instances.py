@@ -130,7 +130,7 @@ def linear_vae(d: int, k: int, batch: int, seed: int = 0, sigma: float = 0.5) ->
 
 
 class Ridge(NamedTuple):
-    """min_z ½ zᵀHz − yᵀz for every row y, with one H = Xᵀ diag(w) X + α I; w and α are what it is differentiated for."""
+    """min_z ½ zᵀHz − yᵀz for every row y, with one H = Xᵀ diag(w) X + α I; w and α get the gradient."""
 
     w: Tensor  # (m,)
     alpha: Tensor  # ()

@@ -34,7 +34,7 @@ class Contender:
         solve:         problem -> answer; the solution is the answer itself or its first field, with its graph.
         gradient:      whether it has one; a bare solver does not, and only its forward pass is timed.
         cpu_only:      not asked for an answer elsewhere.
-        remote:        problem -> milliseconds of (forward, forward and backward), where it runs in a process of its own.
+        remote:        problem -> milliseconds of (forward, forward and backward), where it has a process of its own.
         capturable:    whether it may be recorded as a CUDA graph: no value is read back to the host.
     """
 
@@ -105,7 +105,9 @@ def measure(
     once = {i for i in timed if rows[i].pop("first_ms") > SLOW_MS}
     for group, count in ((once, 1), ([i for i in timed if i not in once], rounds)):
         chosen = sorted(group)
-        times = interleave([lambda i=i: _time(problem, contenders[i]) for i in chosen], count, 0 if group is once else 2)
+        times = interleave(
+            [lambda i=i: _time(problem, contenders[i]) for i in chosen], count, 0 if group is once else 2
+        )
         for i, samples in zip(chosen, times, strict=True):
             for name, part in zip(("forward_ms", "total_ms"), zip(*samples, strict=True), strict=True):
                 if part[0] is not None:

@@ -1,6 +1,6 @@
 """`python -m benchmarks.plot [--check]`: the README's tables and `figures/*.png`, both from `results/*.json` alone.
 
-Each figure carries the fingerprint of the results that it was drawn from, so that `--check`, and a test, see an old one.
+Each figure carries the fingerprint of the results that it was drawn from, so that `--check` and a test see an old one.
 """
 
 from __future__ import annotations

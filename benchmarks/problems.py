@@ -152,7 +152,13 @@ def bpqp(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
     the equalities may contradict the rest.
     """
     draw = Draw(batch, seed)
-    U, p, A, G, z0 = draw.uniform(n, n), draw.uniform(n), draw.uniform(n_eq, n), draw.uniform(n_ineq, n), draw.uniform(n)
+    U, p, A, G, z0 = (
+        draw.uniform(n, n),
+        draw.uniform(n),
+        draw.uniform(n_eq, n),
+        draw.uniform(n_ineq, n),
+        draw.uniform(n),
+    )
     Q = U.mT @ U + 1e-3 * torch.eye(n, dtype=torch.float64)
     return QP(Q, p, A, matvec(A, z0), G, matvec(G, z0), torch.ones_like(p))
 

@@ -28,7 +28,7 @@ duals = jax.jit(jax.vmap(partial(qpax.solve_qp, backend="i", solver_tol=1e-10)))
 
 def solve(*arrays):
     arguments, c = tuple(map(jax.numpy.asarray, arrays[:-1])), jax.numpy.asarray(arrays[-1])
-    x, _, lam, nu, _, _ = duals(*arguments)
+    _, _, lam, nu, _, _ = duals(*arguments)
     answer = (forward(*arguments), nu, lam)
     return jax.device_get(answer), jax.device_get(gradient(arguments, c))
 

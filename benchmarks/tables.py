@@ -39,7 +39,9 @@ def _contest(result: Result, columns: dict[str, tuple[str, ...]]) -> str:
     peers = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != OURS]
     bare = {name for name in peers if not any("total_ms" in row for row in rows if row["contender"] == name)}
     bare = {name for name in bare if any("forward_ms" in row for row in rows if row["contender"] == name)}
-    lines = [[*columns, "ours, ms, forward / total", *(f"{name}{', forward' if name in bare else ''}" for name in peers)]]
+    lines = [
+        [*columns, "ours, ms, forward / total", *(f"{name}{', forward' if name in bare else ''}" for name in peers)]
+    ]
     cases: dict[tuple[str, ...], dict[str, Result]] = {}
     for row in rows:
         key = tuple(", ".join(str(row[part]) for part in parts) for parts in columns.values())
@@ -63,11 +65,13 @@ def accuracy(result: Result) -> str:
             values = [row[figure] for row in right if figure in row]
             line += [_power(statistics.median(values)), _power(max(values))] if values else ["–", "–"]
         lines.append(line)
-    return f"{_markdown(lines, left=2)}\n\nOver the answers that are right, to a residual of 1e-3. {_provenance(result)}"
+    return (
+        f"{_markdown(lines, left=2)}\n\nOver the answers that are right, to a residual of 1e-3. {_provenance(result)}"
+    )
 
 
 def memory(result: Result) -> str:
-    """One line a problem and mode: memory at the fewest and the most iterations, its exponent, errors and time there."""
+    """One line a problem and mode: memory at the fewest and the most iterations, its exponent, errors, time."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for row in result["rows"]:
         groups.setdefault((row["problem"], row["mode"]), []).append(row)

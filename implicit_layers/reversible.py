@@ -28,6 +28,8 @@ from implicit_layers.transforms import forward_mode, full_precision, primals
 
 Call = Callable[..., Tensor]  # the step f(z, *theta)
 
+_COARSE = 2**48  # an entry that never reaches this many units is not resolved
+
 
 def heavy_ball(call: Call, steps: int, momentum: float, z: Tensor, *theta: Tensor) -> Tensor:
     """The same iteration in floating point, which is what the gradient of the exact one is a gradient of."""
@@ -67,8 +69,8 @@ class Trail(NamedTuple):
 def run(call: Call, steps: int, momentum: float, z0: Tensor, *theta: Tensor) -> Trail:
     """Run forward exactly, each entry with the resolution that its largest value on the way leaves.
 
-    The largest value is guessed 2¹⁰ times that of the start and the first step; where that is too little, a run in
-    floating point measures it first.
+    The largest value is guessed, 2¹⁰ times that of the start and the first step. Where an entry outgrows that, or did
+    not move in the first step and stays far smaller than the others, a run in floating point measures it.
 
     Raises:
         NonFiniteError: the iterates do not stay finite.
@@ -77,13 +79,13 @@ def run(call: Call, steps: int, momentum: float, z0: Tensor, *theta: Tensor) -> 
     size = torch.maximum(z0.double().abs(), first.abs()).nan_to_num_(1.0, 1.0, 1.0)
     if size.numel():
         size = torch.where(size > 0, size, size.amax().clamp_min(torch.finfo(z0.dtype).tiny))
-    trail, used = _run(call, steps, momentum, _exponent(size, headroom=10), z0, *theta)
-    if not checks.host_bool((used >= LIMIT).any()):
+    trail, fits = _run(call, steps, momentum, _exponent(size, headroom=10), z0, *theta)
+    if checks.host_bool(fits):
         return trail
     size, finite = _sizes(call, steps, momentum, z0, *theta)
     if finite:
-        trail, used = _run(call, steps, momentum, _exponent(size, headroom=3), z0, *theta)
-        if not checks.host_bool((used >= LIMIT).any()):
+        trail, fits = _run(call, steps, momentum, _exponent(size, headroom=3), z0, *theta)
+        if checks.host_bool(fits):
             return trail
     raise NonFiniteError(
         "unroll: the iterates grow without limit or are not finite, so mode='reversible' cannot keep them as exact "
@@ -92,27 +94,24 @@ def run(call: Call, steps: int, momentum: float, z0: Tensor, *theta: Tensor) -> 
 
 
 def _run(call: Call, steps: int, momentum: float, exponent: Tensor, z0: Tensor, *theta: Tensor) -> tuple[Trail, Tensor]:
-    """The run, and for every entry a number with all the bits that its z and v ever had."""
+    """The run, and whether every entry was within its range and, if it moved at all, not far below it."""
     scale, inverse = scales(exponent)
     z = whole(z0, scale)
-    v, used = torch.zeros_like(z), z.abs()
+    v, used = torch.zeros_like(z), z.abs()  # `used` gets all the bits that z, v and the displacements ever have
+    moved = torch.zeros_like(z, dtype=torch.bool)
     ledger = Ledger(fraction(momentum), torch.zeros_like(z))
     for k in range(steps):
         if k:
             v = ledger.multiply(v)
-        d = displacement(call, z, inverse, scale, z0.dtype, theta)
+        x = position(z, inverse, z0.dtype)
+        real = call(x, *theta).double() - x.double()
+        d = whole(real, scale)
         v = v + d
         z = z + v
         used |= z.abs() | v.abs() | d.abs()
-    return Trail(z, v, exponent, ledger.digits, tuple(ledger.aside), tuple(ledger.lengths)), used
-
-
-def displacement(
-    call: Call, z: Tensor, inverse: Tensor, scale: Tensor, dtype: torch.dtype, theta: Sequence[Tensor]
-) -> Tensor:
-    """f(z) − z in integers."""
-    x = position(z, inverse, dtype)
-    return whole(call(x, *theta).double() - x.double(), scale)
+        moved |= real != 0
+    fits = ((used < LIMIT) & ((used >= _COARSE) | ~moved)).all()
+    return Trail(z, v, exponent, ledger.digits, tuple(ledger.aside), tuple(ledger.lengths)), fits
 
 
 def position(z: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:

@@ -102,6 +102,22 @@ def test_entries_of_any_size_keep_their_own_precision():
     torch.testing.assert_close(torch.autograd.grad(ours.sum(), a)[0], torch.ones_like(a), rtol=1e-9, atol=0)
 
 
+def test_an_entry_that_starts_at_rest_and_stays_small_is_resolved():
+    """The second entry is driven by the first, 10⁻¹² times as large, and the third never moves."""
+
+    def step(z, a):
+        first, second, third = z.unbind(-1)
+        return torch.stack([first - 0.3 * (first - a), second - 0.3 * (second - 1e-12 * first), third], -1)
+
+    a = torch.tensor(1e3, dtype=torch.float64, requires_grad=True)
+    z0 = torch.zeros(3, dtype=torch.float64)
+    found, exact = (il.unroll(step, z0, a, steps=40, mode=mode, momentum=0.4) for mode in ("reversible", "full"))
+    torch.testing.assert_close(found, exact, rtol=1e-13, atol=0)
+    for k in range(2):
+        ours, right = (torch.autograd.grad(z[k], a, retain_graph=True)[0] for z in (found, exact))
+        torch.testing.assert_close(ours, right, rtol=1e-12, atol=0)
+
+
 def test_growth_beyond_the_guess_is_measured_and_divergence_is_refused():
     def growing(z, a):
         return z * a

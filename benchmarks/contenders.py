@@ -1,7 +1,13 @@
 """The ways to solve a quadratic program that are compared, ours and every peer, and how their answers are judged.
 
-Peers come from PyPI: `pip install --no-deps qpth proxsuite cmeel moreau moreau-cpu` and `pip install cvxpylayers piqp`;
-qpax wants a Python of its own, since it brings JAX: its interpreter is named by the environment variable QPAX_PYTHON.
+Peers come from PyPI. qpth and entmax ask for old versions of what they need and run with new ones:
+
+    pip install --no-deps qpth entmax proxsuite cmeel
+    pip install cvxpylayers piqp moreau moreau-cpu POT
+
+qpax brings JAX and wants a Python of its own, which the environment variable QPAX_PYTHON names:
+
+    python -m venv ~/qpax && ~/qpax/bin/pip install qpax && export QPAX_PYTHON=~/qpax/bin/python
 """
 
 from __future__ import annotations

@@ -14,17 +14,26 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# Freed memory goes back to the system at once: else blocks of some ten kilobytes, which PyTorch aligns, leave holes that
+# the allocator of glibc does not fill, and the resident memory of a long loop is several times that of its tensors.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_MMAP_MAX_": "1000000"}
 MARK = "result: "  # before the answer, since a library may print
 
 
-def fresh(function: str, argument: dict[str, Any], threads: int | None = None, timeout: float = 300.0) -> Any:
+def fresh(
+    function: str,
+    argument: dict[str, Any],
+    threads: int | None = None,
+    variables: dict[str, str] | None = None,
+    timeout: float = 300.0,
+) -> Any:
     """What `module:function` returns for the argument, in a process of its own.
 
     Raises:
         RuntimeError: it failed; with the end of what it wrote.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, **(variables or {}), "PYTHONPATH": path}
     if threads is not None:
         environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     done = subprocess.run(
@@ -44,7 +53,7 @@ def fresh(function: str, argument: dict[str, Any], threads: int | None = None, t
 
 def resident(function: str, argument: dict[str, Any]) -> int | None:
     """The peak resident memory of the computation that `module:function` makes ready, in a process of its own."""
-    return fresh("benchmarks.fresh:measured", {"function": function, "argument": argument})
+    return fresh("benchmarks.fresh:measured", {"function": function, "argument": argument}, variables=GIVE_BACK)
 
 
 def measured(argument: dict[str, Any]) -> int | None:

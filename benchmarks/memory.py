@@ -12,7 +12,7 @@ and a batch of quadratic programs by unrolled ADMM against `il.solve_qp`, whose 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -112,8 +112,8 @@ def _row(case: Case, mode: str, steps: int, run: Solve, options: Options) -> dic
     row["peak_bytes"] = peak_bytes(partial(_both, case.problem, run), device)
     row["fixed_bytes"] = 0
     if mode in ("full", "checkpointed"):  # what the first step needs beyond what the second adds, whatever their number
-        one, two = (peak_bytes(partial(_both, case.problem, case.solve("full", k)), device) for k in (20, 40))
-        row["fixed_bytes"] = max(0, 2 * one - two)
+        few = [graph_bytes(partial(case.solve("full", k), arguments), exclude=arguments) for k in (1, 2)]
+        row["fixed_bytes"] = max(0, 2 * few[0] - few[1])
     if mode == "reversible":
         numbers = case.problem.h.numel() if isinstance(case.problem, QP) else case.problem.y.numel()
         fewer = graph_bytes(lambda: case.solve(mode, 1)(arguments), exclude=arguments)
@@ -215,25 +215,33 @@ def slope(x: list[float], y: list[float]) -> float:
 
 
 def slopes(rows: Rows) -> dict[str, float]:
-    """The exponent of memory in the number of iterations, one a problem and mode.
+    """The exponent in the number of iterations of what autograd holds for the backward pass, one a problem and mode.
 
     Memory that no iteration adds to (`fixed_bytes`: the data, the factors of an unrolled QP) is taken off first.
     """
-    return {
-        name: round(slope([float(k) for k, _ in points], [float(size) for _, size in points]), 3)
-        for name, points in _groups(rows)
-        if len({k for k, _ in points}) > 1
-    }
+    return _exponents(rows, lambda row: row["graph_bytes"] - row["fixed_bytes"], 1)
 
 
-def _groups(rows: Rows) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+def peak_slopes(rows: Rows) -> dict[str, float]:
+    """That of the peak of forward and backward, over the larger half of the runs, where it leaves the workspace."""
+    unrolled = [row for row in rows if (row["problem"], row["mode"]) != ("QP", "implicit")]  # it has its own iterations
+    return _exponents(unrolled, lambda row: row["peak_bytes"], 2)
+
+
+def _exponents(rows: Rows, size: Callable[[dict[str, Any]], int], part: int) -> dict[str, float]:
+    """The slopes over the upper 1/part of the iterations."""
     groups: dict[str, list[tuple[int, int]]] = {}
     for row in rows:
-        point = (row["iterations"], max(1, row["peak_bytes"] - row["fixed_bytes"]))
-        groups.setdefault(f"{row['problem']}: {row['mode']}", []).append(point)
-    yield from groups.items()
+        groups.setdefault(f"{row['problem']}: {row['mode']}", []).append((row["iterations"], max(1, size(row))))
+    found = {}
+    for name, points in groups.items():
+        upper = sorted(points)[len(points) - max(2, len(points) // part) :] if len(points) > 1 else points
+        if len({k for k, _ in upper}) > 1:
+            x, y = zip(*upper, strict=True)
+            found[name] = round(slope([float(k) for k in x], [float(value) for value in y]), 3)
+    return found
 
 
 def summary(rows: Rows) -> dict[str, Any]:
     """What is printed and kept beside the rows."""
-    return {"slopes": slopes(rows)}
+    return {"slopes": slopes(rows), "peak_slopes": peak_slopes(rows)}

@@ -40,7 +40,7 @@ def memory(result: Result, axes: Any) -> None:
         milliseconds = [row["total_ms"]["median"] for row in rows]
         axes[0].loglog(size, error, label=mode, **style)
         axes[1].loglog(milliseconds, error, label=mode, **style)
-        exponent = result["slopes"].get(f"ridge: {mode}")
+        exponent = result.get("peak_slopes", result["slopes"]).get(f"ridge: {mode}")
         label = mode if exponent is None else f"{mode}: exponent {abs(exponent):.2f}"
         axes[2].loglog(steps, size, label=label, **style)
     _name(axes[0], "peak memory, KiB", "gradient error")

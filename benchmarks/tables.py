@@ -75,7 +75,8 @@ def memory(result: Result) -> str:
     groups: dict[tuple[str, str], list[Result]] = {}
     for row in result["rows"]:
         groups.setdefault((row["problem"], row["mode"]), []).append(row)
-    lines = [["problem", "gradient", "iterations", "peak, KiB", "grows as iterations to the", "gradient error", "ms"]]
+    head = ["problem", "gradient", "iterations", "saved, KiB", "grows as iterations to the", "peak, KiB"]
+    lines = [[*head, "gradient error", "ms"]]
     for (problem, mode), rows in groups.items():
         rows.sort(key=lambda row: row["iterations"])
         first, last = rows[0], rows[-1]
@@ -85,8 +86,9 @@ def memory(result: Result) -> str:
                 problem,
                 mode,
                 f"{first['iterations']} – {last['iterations']}",
-                f"{first['peak_bytes'] / 1024:.0f} – {last['peak_bytes'] / 1024:.0f}",
+                f"{first['graph_bytes'] / 1024:.0f} – {last['graph_bytes'] / 1024:.0f}",
                 "–" if exponent is None else f"{abs(exponent):.2f}",
+                f"{first['peak_bytes'] / 1024:.0f} – {last['peak_bytes'] / 1024:.0f}",
                 f"{_power(first['gradient_error'])} – {_power(last['gradient_error'])}",
                 f"{_figure(first['total_ms']['median'])} – {_figure(last['total_ms']['median'])}",
             ]

@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # Freed memory goes back to the system at once: else blocks of some ten kilobytes, which PyTorch aligns, leave holes
-# that the allocator of glibc does not fill, and the resident memory of a long loop is several times that of its tensors.
+# that the allocator of glibc does not fill, and a long loop has several times its tensors in resident memory.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_MMAP_MAX_": "1000000"}
 MARK = "result: "  # before the answer, since a library may print
 

@@ -274,6 +274,14 @@ OPERATIONS = (
         fullgraph=True,
         fake_cuda=True,
     ),
+    Operation(
+        name="il.unroll: reversible",
+        make=_affine,
+        call=lambda W, x: (il.unroll(_step, _start(W, x), W, x, steps=60, mode="reversible", momentum=0.1),),
+        events=(2, 1),
+        syncs=(1, 1, 1),
+        iterations=lambda W, x: torch.tensor(60),
+    ),
     _module(
         "nn.Softmax",
         _softmax_layer,

@@ -36,6 +36,9 @@ from implicit_layers.linalg import Cholesky as Cholesky
 from implicit_layers.linalg import Direct as Direct
 from implicit_layers.linalg import LeastSquares as LeastSquares
 from implicit_layers.qp import solve_qp as solve_qp
+from implicit_layers.regularizers import Regularizer as Regularizer
+from implicit_layers.regularizers import register_regularizer as register_regularizer
+from implicit_layers.regularizers import regularized_argmax as regularized_argmax
 from implicit_layers.simplex import softmax as softmax
 from implicit_layers.solution import QPSolution as QPSolution
 from implicit_layers.solution import Solution as Solution

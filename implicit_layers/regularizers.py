@@ -209,7 +209,7 @@ def regularized_argmax(
     ones = torch.ones_like(rows[..., :1])
     tau, k = (ones * s if isinstance(s, Tensor) else torch.full_like(ones, s) for s in settings)
     check_total(rows, k, chosen.cap)
-    return scores.restored(_differentiable(chosen, rows, k, tau), x, axis, empty)
+    return scores.restored(_differentiable(chosen, rows, k, tau), x, axis, empty, k)
 
 
 def check_total(x: Tensor, total: Tensor, cap: float) -> None:  # (*B, n), (*B, 1)
@@ -267,12 +267,13 @@ class _Choice(torch.autograd.Function):
         return None, *modernised(work, (*ctx.saved_tensors, grad_y))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, d_x: Tensor | None, d_total: Tensor | None, d_tau: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, _: None, d_x: Tensor | None, d_total: Tensor | None, d_tau: Tensor | None) -> Any:
         with transforms.forward_mode():
             chosen = ctx.regularizer
 
-            def work(*tensors: Tensor | None) -> list[Tensor | None]:
-                x, tau, y, d_x, d_total, d_tau = tensors
+            def work(
+                d_x: Tensor | None, d_total: Tensor | None, d_tau: Tensor | None, x: Tensor, tau: Tensor, y: Tensor
+            ) -> list[Tensor]:
                 s = chosen.weights(y)
                 moved = torch.zeros_like(y)
                 if d_x is not None:
@@ -282,7 +283,8 @@ class _Choice(torch.autograd.Function):
                 d_y = tangent(s, moved) / tau
                 return [d_y if d_total is None else d_y + share(chosen, s, x, y) * d_total]
 
-            return modernised(work, (*transforms.primals(ctx.saved_tensors), d_x, d_total, d_tau))[0]
+            d_y: Any = modernised(work, (d_x, d_total, d_tau, *transforms.primals(ctx.saved_tensors)))[0]
+            return d_y
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], chosen: Regularizer, *tensors: Tensor) -> tuple[Tensor, int]:

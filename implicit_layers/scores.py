@@ -117,18 +117,21 @@ def rows(x: Tensor, axis: int, empty: Empty, tau: Tensor | float, *others: Tenso
     return Rows(work, top, moved)
 
 
-def restored(y: Tensor, x: Tensor, axis: int, empty: Empty) -> Tensor:
+def restored(y: Tensor, x: Tensor, axis: int, empty: Empty, total: Tensor | float = 1.0) -> Tensor:
     """Rows back in the layout and dtype of the scores, with the answers for problems without entries."""
     if empty != "raise":
         one = x.detach().reshape(1) if x.ndim == 0 else x.detach()
-        y = fill_empty(y, one.amax(axis, keepdim=True).movedim(axis, -1), empty, y.shape[-1])
+        share = (total.detach() if isinstance(total, Tensor) else total) / y.shape[-1]
+        y = fill_empty(y, one.amax(axis, keepdim=True).movedim(axis, -1), empty, share)
     y = y.movedim(-1, axis).to(x.dtype)
-    return y.reshape(()) if x.ndim == 0 and y.numel() == 1 and y.ndim == 1 else y
+    return y.reshape(()) if x.ndim == 0 and y.shape == (1,) else y
 
 
-def fill_empty(y: Tensor, top: Tensor, empty: Empty, n: int) -> Tensor:  # (*, n, *), (*, 1, *) -> (*, n, *)
+def fill_empty(
+    y: Tensor, top: Tensor, empty: Empty, share: Tensor | float
+) -> Tensor:  # (*, n, *), (*, 1, *) -> (*, n, *)
     """The answer for problems whose largest score is −inf; a constant, so its gradient is zero."""
-    return torch.where(top.isneginf(), 0.0 if empty == "zeros" else 1 / n, y)
+    return torch.where(top.isneginf(), 0.0 if empty == "zeros" else share, y)
 
 
 def check_values(x: Tensor, axis: int, top: Tensor, tau: Tensor | float, empty: Empty = "raise") -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from implicit_layers import implicit, scores, transforms
+from implicit_layers import checks, implicit, scores, transforms
 from implicit_layers.errors import ArgumentError
 from implicit_layers.kkt import entropic
 from implicit_layers.legacy_vmap import modernised
@@ -87,7 +87,9 @@ def softmax(
     if method == "closed" and empty == "raise" and not isinstance(tau, Tensor):
         y = _closed(work, axis, tau)
         # a NaN, +inf, or nothing but -inf among the scores makes all n entries NaN: to look at one of them is enough
-        scores.check_values(x, axis, y.detach().select(axis, 0) if y.ndim else y.detach(), tau)
+        one = y.detach()
+        if checks.readable(one) and checks.host_nan((one.select(axis, 0) if one.ndim else one).sum()):
+            scores.refuse_scores(x.detach(), axis)
         return y.to(x.dtype)
     top = work.detach().amax(axis, keepdim=True)
     scores.check_values(x, axis, top, tau, empty)
@@ -100,7 +102,9 @@ def softmax(
         rows = z.movedim(axis, -1) if z.ndim else z.reshape(1)
         y = _newton(rows) if method == "newton" else _kkt(rows)
         y = y.movedim(-1, axis).reshape(z.shape)
-    return (y if empty == "raise" else scores.fill_empty(y, top, empty, work.shape[axis] if x.ndim else 1)).to(x.dtype)
+    return (y if empty == "raise" else scores.fill_empty(y, top, empty, 1 / y.shape[axis] if x.ndim else 1.0)).to(
+        x.dtype
+    )
 
 
 def check_method(method: str) -> None:

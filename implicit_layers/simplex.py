@@ -78,6 +78,11 @@ def softmax(
     >>> softmax(torch.tensor([0.0, 1.0, float("-inf")]), temperature=0.5)
     tensor([0.1192, 0.8808, 0.0000])
     """
+    if mask is None and method == "closed" and empty == "raise" and _plain(x, dim, temperature):
+        y = torch.softmax(x, dim)
+        if checks.readable(x) and checks.host_nan(y.detach().select(dim, 0).sum()):
+            scores.refuse_scores(x.detach(), dim if dim < 0 else dim - x.ndim)
+        return y
     check_method(method)
     scores.check_empty(empty)
     axis = scores.axis_of(x, dim)
@@ -105,6 +110,14 @@ def softmax(
     return (y if empty == "raise" else scores.fill_empty(y, top, empty, 1 / y.shape[axis] if x.ndim else 1.0)).to(
         x.dtype
     )
+
+
+def _plain(x: Tensor, dim: int, temperature: Tensor | float) -> bool:
+    """Whether PyTorch's own softmax answers: single precision and τ = 1, with nothing to refuse but values."""
+    if type(dim) is not int or type(temperature) not in (int, float) or temperature != 1 or not isinstance(x, Tensor):
+        return False
+    ndim = x.ndim
+    return x.dtype == torch.float32 and x.layout == torch.strided and -ndim <= dim < ndim and x.shape[dim] > 0
 
 
 def check_method(method: str) -> None:

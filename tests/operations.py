@@ -125,25 +125,32 @@ def _family(
 
 
 FAMILY = (
-    _family("il.sparsemax", _with_temperature, lambda x, t: (il.sparsemax(x, temperature=t),), steps=6),
-    _family("il.entmax: 1.5", _with_temperature, lambda x, t: (il.entmax(x, temperature=t),), steps=10),
-    _family("il.entmax", _with_alpha, lambda x, t, a: (il.entmax(x, a, temperature=t),), steps=10, syncs=2),
-    _family("il.soft_top_k", _with_k, lambda x, t, k: (il.soft_top_k(x, k, temperature=t),), steps=16, syncs=3),
+    _family("il.sparsemax", _with_temperature, lambda x, t: (il.sparsemax(x, temperature=t),), steps=6, fake_cuda=True),
+    _family("il.entmax: 1.5", _with_temperature, lambda x, t: (il.entmax(x, temperature=t),), steps=10, fake_cuda=True),
+    _family(
+        "il.entmax",
+        _with_alpha,
+        lambda x, t, a: (il.entmax(x, a, temperature=t),),
+        steps=10,
+        syncs=3,
+        fake_cuda=True,
+    ),
+    _family("il.soft_top_k", _with_k, lambda x, t, k: (il.soft_top_k(x, k, temperature=t),), steps=16, syncs=4),
     _family(
         "il.soft_top_k: euclidean",
         _with_k,
         lambda x, t, k: (il.soft_top_k(x, k, temperature=t, regulariser="euclidean"),),
         steps=16,
-        syncs=3,
+        syncs=4,
     ),
     _family(
         "il.regularized_argmax",
         _with_k,
         lambda x, t, k: (il.regularized_argmax(x, "entropy", temperature=t, total=k),),
         steps=16,
-        syncs=3,
+        syncs=4,
     ),
-    _family("il.fenchel_young_loss", _with_target, _loss, steps=10, syncs=5),
+    _family("il.fenchel_young_loss", _with_target, _loss, steps=10, syncs=6),
 )
 
 

@@ -15,6 +15,7 @@ over, where these are few, and all further work is done there.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ def _weighed(
     most = torch.finfo(x.dtype).max ** 0.5
     v = x - top
     if isinstance(tau, Tensor) or tau != 1:
-        v = v.div_(tau)
+        v = v.div_(tau).masked_fill_(x.isneginf(), -most)  # a masked score over an infinite temperature is NaN
     v = v.clamp_(min=-most)  # so that no later product overflows
     if padding is not None:
         v = v.masked_fill_(padding, -most)
@@ -108,40 +109,40 @@ def _power(v: Tensor, beta: int, watch: bool) -> tuple[Tensor, Tensor]:
 
 
 def _general(v: Tensor, delta: Tensor | float, watch: bool) -> tuple[Tensor, Tensor]:
-    """Any α ≥ 1; rows may differ in it."""
-    eps = torch.finfo(v.dtype).eps
-    d = delta if isinstance(delta, Tensor) else v.new_full((1, 1), delta)
-    d = d.expand(v.shape[0], 1)
+    """Any α ≥ 1; rows may differ in it.
+
+    The unknown is c for α ≤ 2, and q = 1 + (α − 1) c beyond, which may be tiny and is then needed to all its digits.
+    """
+    eps, n = torch.finfo(v.dtype).eps, v.shape[-1]
+    d = (delta if isinstance(delta, Tensor) else v.new_full((1, 1), delta)).expand(v.shape[0], 1)
     limit = d < torch.finfo(v.dtype).tiny ** 0.5  # α = 1
     d = torch.where(limit, 1.0, d)
-    bracketed = d > 1
-    n = v.shape[-1]
-    high = torch.zeros_like(d)
-    low = torch.where(limit, -torch.log(torch.full_like(d, n)), torch.expm1(-d * torch.log(torch.full_like(d, n))) / d)
-    low = low * (1 + 4 * eps)
-    c, y, total = high, v, high
-    for i in range(MAX_ITER if watch else _UNREADABLE_ITER):
-        u = v + c
-        q = torch.where(limit, 1.0, (1 + d * u).clamp(min=0))
-        log_y = torch.where(limit, u, torch.log1p((d * u).clamp(min=-1)) / d)
+    steep = d > 1
+    scaled, one = d * v, torch.ones_like(d)
+    low, high = (-d * math.log(n)).exp().clamp(min=torch.finfo(v.dtype).tiny) * (1 - 4 * eps), one
+    c = torch.where(steep, one, 0.0)
+    y, total = v, one
+    for _ in range(MAX_ITER if watch else _UNREADABLE_ITER):
+        r = torch.where(steep, scaled + c, (scaled + d * c).clamp(min=-1))  # q of each entry, or q − 1
+        log_y = torch.where(steep, r.clamp(min=0).log(), r.log1p()) / d
+        log_y = torch.where(limit, v + c, log_y)
         y = log_y.exp()
+        q = torch.where(steep, r, torch.where(limit, 1.0, 1 + r))
         total = y.sum(-1, keepdim=True)
         rate = torch.where(q > 0, y / q, 0.0).sum(-1, keepdim=True)
         log_total = total.log()
         above = torch.where(limit, log_total, torch.expm1(d * log_total) / d)
         slope = torch.where(limit, 1 / total, ((d - 1) * log_total).exp()) * rate
-        moved = c - above / slope
-        low, high = torch.where(total < 1, c, low), torch.where(total > 1, c, high)
-        middle = 0.5 * (low + high)
-        outside = ~((moved > low) & (moved < high))
-        moved = torch.where(bracketed & (outside | (i % 3 == 2)), middle, moved)
-        near = (total - 1).abs() <= 4 * eps
-        stuck = torch.where(bracketed, ~((high - low) > 2 * eps * low.abs()), ~(moved < c))
-        more = ~(near | stuck | total.isnan())
+        moved = c - above / slope * torch.where(steep, d, 1.0)
+        low, high = torch.where(steep & (total < 1), c, low), torch.where(steep & (total > 1), c, high)
+        inside = (moved >= low) & (moved <= high) & ((moved - c).abs() < 0.5 * (high - low))
+        moved = torch.where(steep.logical_not() | inside, moved, (low * high).sqrt())
+        moving = torch.where(steep, high - low > 2 * eps * high, moved < c)
+        more = ((total - 1).abs() > 4 * eps) & moving  # false for NaN
         if watch and not checks.host_bool(more.any()):
             break
         c = torch.where(more, moved, c)
-    return y / total, torch.where(limit, float("-inf"), -1 / d - c)
+    return y / total, torch.where(limit, float("-inf"), torch.where(steep, -c / d, -1 / d - c))
 
 
 def _narrow(x: Tensor, floor: Tensor) -> Tensor | None:  # (R, n), (R, 1) -> (R, K)

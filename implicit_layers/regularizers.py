@@ -249,11 +249,14 @@ class _Choice(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         chosen, x, _, tau = inputs
         ctx.regularizer = chosen
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, tau, output)
         ctx.save_for_forward(x, tau, output)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_y is None:
+            return None, None, None, None
         chosen = ctx.regularizer
         _, needs_x, needs_total, needs_tau = ctx.needs_input_grad
 

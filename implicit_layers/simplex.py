@@ -163,11 +163,14 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output)
         ctx.save_for_forward(output)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Tensor | None:
+    def backward(ctx: Any, grad_y: Tensor | None) -> Tensor | None:
+        if grad_y is None:
+            return None
         return modernised(_tangent, (*ctx.saved_tensors, grad_y))[0]
 
     @staticmethod

@@ -143,13 +143,16 @@ class _Entmax(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         settings = inputs[2:]
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.numbers = tuple(None if isinstance(s, Tensor) else s for s in settings)
         saved = (*output, *(s for s in settings if isinstance(s, Tensor)))
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad_y is None:
+            return None, None, None, None
         _, _, needs_tau, needs_alpha = ctx.needs_input_grad
 
         def work(g: Tensor, y: Tensor, columns: Tensor, *tensors: Tensor) -> list[Tensor | None]:

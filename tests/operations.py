@@ -118,10 +118,23 @@ def _loss(x: Tensor, temperature: Tensor, alpha: Tensor, target: Tensor) -> Tens
 
 
 def _family(
-    name: str, make: Callable[[Batch, int], Tensors], call: Callable[..., Tensors], *, steps: int, syncs: int = 1
+    name: str,
+    make: Callable[[Batch, int], Tensors],
+    call: Callable[..., Tensors],
+    *,
+    steps: int,
+    syncs: int = 2,
+    **more: object,
 ) -> Operation:
-    events = tuple(x.ndim for x in make((), 0))
-    return Operation(name, make, call, events, syncs=(syncs + 1, 1, 0), iterations=lambda *tensors: torch.tensor(steps))
+    return Operation(
+        name,
+        make,
+        call,
+        events=tuple(x.ndim for x in make((), 0)),
+        syncs=(syncs, 1, 0),
+        iterations=lambda *tensors: torch.tensor(steps),
+        **more,  # type: ignore[arg-type]
+    )
 
 
 FAMILY = (

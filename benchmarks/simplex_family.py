@@ -15,8 +15,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +201,11 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit,
         "python": platform.python_version(),
         "implicit_layers": il.__version__,
         **versions,
@@ -215,12 +221,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--suite", choices=sorted(SUITES), action="append", help="default: all")
     options = parser.parse_args()
-    results: dict[str, Any] = {"environment": environment()}
-    for name in options.suite or SUITES:
-        results[name] = SUITES[name](options.quick)
+    head = {"suite": "simplex_family", "quick": options.quick, "environment": environment()}
+    rows = [{"table": name, **row} for name in options.suite or SUITES for row in SUITES[name](options.quick)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"{sum(len(results[name]) for name in options.suite or SUITES)} rows in {options.out}")
+    options.out.write_text(dump(head, rows), encoding="utf-8")
+    print(f"{len(rows)} rows in {options.out}")
+
+
+def dump(head: dict[str, Any], rows: Rows) -> str:
+    """JSON with one line a row and four digits a number, so that two files can be compared by eye."""
+    short = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    lines = ",\n".join("  " + json.dumps(row) for row in short)
+    return f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
 
 
 if __name__ == "__main__":

@@ -199,20 +199,34 @@ def regularized_argmax(
     >>> regularized_argmax(torch.tensor([0.0, 1.0, 3.0]), "box", total=1.5)
     tensor([0.0000, 0.5000, 1.0000])
     """
-    chosen = regularizer(regulariser)
+    return choose(x, regularizer(regulariser), dim, temperature, total, mask, empty, name="total")
+
+
+def choose(
+    x: Tensor,
+    chosen: Regularizer,
+    dim: int,
+    temperature: Tensor | float,
+    total: Tensor | float,
+    mask: Tensor | None,
+    empty: Empty,
+    *,
+    name: str,
+) -> Tensor:  # (*, n, *) -> (*, n, *)
+    """Do the work of `regularized_argmax`, for callers who call the total by another name."""
     scores.check_empty(empty)
     axis = scores.axis_of(x, dim)
     tau = scores.temperature_of(x, axis, temperature)
-    k = scores.per_problem("total", total, x, axis)
+    k = scores.per_problem(name, total, x, axis)
     x = scores.masked(x, mask)
     rows, _, settings = scores.rows(x, axis, empty, tau, k)
     ones = torch.ones_like(rows[..., :1])
     tau, k = (ones * s if isinstance(s, Tensor) else torch.full_like(ones, s) for s in settings)
-    check_total(rows, k, chosen.cap)
+    check_total(rows, k, chosen.cap, name)
     return scores.restored(_differentiable(chosen, rows, k, tau), x, axis, empty, k)
 
 
-def check_total(x: Tensor, total: Tensor, cap: float) -> None:  # (*B, n), (*B, 1)
+def check_total(x: Tensor, total: Tensor, cap: float, name: str) -> None:  # (*B, n), (*B, 1)
     """Refuse totals that no point has."""
     if not checks.readable(x, total):
         return
@@ -224,7 +238,7 @@ def check_total(x: Tensor, total: Tensor, cap: float) -> None:  # (*B, n), (*B, 
         bad = ~ok
         most = f"{float(room[bad][0]):g}" if cap < float("inf") else "infinity, and not 0"
         raise ArgumentError(
-            f"total{checks.index_of(bad.squeeze(-1))} is {float(total.detach()[bad][0]):g}, which no point has: it "
+            f"{name}{checks.index_of(bad.squeeze(-1))} is {float(total.detach()[bad][0]):g}, which no point has: it "
             f"must be between 0 and {most} (entries of at most {cap:g}, as many as are not masked)"
         )
 

@@ -54,9 +54,7 @@ def soft_top_k(
     tensor([0., 1., 1., 0.])
     """
     check_regulariser(regulariser)
-    return regularizers.regularized_argmax(
-        x, OVER_THE_BOX[regulariser], dim, temperature=temperature, total=k, mask=mask, empty=empty
-    )
+    return regularizers.choose(x, OVER_THE_BOX[regulariser], dim, temperature, k, mask, empty, name="k")
 
 
 def check_regulariser(regulariser: str) -> None:

@@ -157,7 +157,7 @@ class _Entmax(torch.autograd.Function):
 
         def work(g: Tensor, y: Tensor, columns: Tensor, *tensors: Tensor) -> list[Tensor | None]:
             tau, alpha = _settings(ctx, tensors)
-            if not tensors and alpha in (1.5, 2) and not columns.shape[-1] and _final() and y.dtype == torch.float32:
+            if not tensors and alpha <= 2 and not columns.shape[-1] and _final() and y.dtype == torch.float32:
                 return [_pulled(y, g, tau, alpha), None, None]
             part, g = _Part(y, columns, alpha), _narrowed(g, columns)
             centred = part.centred(g)
@@ -207,8 +207,8 @@ class _Entmax(torch.autograd.Function):
 
 
 def _pulled(y: Tensor, g: Tensor, tau: float, alpha: float) -> Tensor:
-    """The gradient in x alone for the usual α, in as few passes as it takes."""
-    s = y.sign() if alpha == 2 else y.sqrt()
+    """The gradient in x alone for one α of at most 2, in as few passes as it takes."""
+    s = y.sign() if alpha == 2 else y.sqrt() if alpha == 1.5 else y.pow(2 - alpha)
     p = s * g
     p.addcmul_(s, p.sum(-1, keepdim=True) / s.sum(-1, keepdim=True), value=-1)
     return p if tau == 1 else p.div_(tau)

@@ -341,6 +341,22 @@ OPERATIONS = (
         syncs=(1, 0, 0),
     ),
     _module(
+        "nn.Sparsemax",
+        lambda: il.nn.Sparsemax(learn_temperature=True).double(),
+        lambda seed: (torch.tensor(0.4, dtype=torch.float64),),
+        4,
+        syncs=(2, 1, 0),
+        iterations=lambda *tensors: torch.tensor(10),
+    ),
+    _module(
+        "nn.SoftTopK",
+        lambda: il.nn.SoftTopK(2, temperature=0.8, learn_temperature=True).double(),
+        lambda seed: (torch.tensor(-0.2, dtype=torch.float64),),
+        4,
+        syncs=(4, 1, 0),
+        iterations=lambda *tensors: torch.tensor(16),
+    ),
+    _module(
         "nn.Entmax",
         lambda: il.nn.Entmax(1.5, learn_temperature=True, learn_alpha=True).double(),
         lambda seed: (torch.tensor(-0.2, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)),

@@ -74,7 +74,7 @@ def test_derivatives(regulariser):
         (tsallis(1.3), lambda x, **more: il.entmax(x, 1.3, **more)),
         (tsallis(4), lambda x, **more: il.entmax(x, 4.0, **more)),
     ],
-    ids=str,
+    ids=["softmax", "sparsemax", "entmax 1.5", "entmax 1.3", "entmax 4"],
 )
 def test_the_members_of_their_own_are_special_cases(regulariser, member):
     for scale in (0.01, 1.0, 20.0):

@@ -63,9 +63,11 @@ def _weighed(
     v = v.clamp_(min=-most)  # so that no later product overflows
     if padding is not None:
         v = v.masked_fill_(padding, -most)
-    if isinstance(alpha, Tensor) or alpha not in (1.5, 2):
+    if isinstance(alpha, Tensor) or not 1.05 <= alpha <= 2:
         return _general(v, alpha - 1, watch)
-    return _power(v, 1 if alpha == 2 else 2, watch)
+    if alpha in (1.5, 2):
+        return _power(v, 1 if alpha == 2 else 2, watch)
+    return _any_power(v, alpha - 1, watch)
 
 
 def _floor(x: Tensor, top: Tensor, tau: Tensor | float, alpha: Tensor | float) -> Tensor:
@@ -106,6 +108,33 @@ def _power(v: Tensor, beta: int, watch: bool) -> tuple[Tensor, Tensor]:
         q, norm = positive_parts()
     q.div_(norm)
     return (q if beta == 1 else q.square_()), t * beta
+
+
+def _any_power(v: Tensor, delta: float, watch: bool) -> tuple[Tensor, Tensor]:
+    """One α for all rows, between 1 and 2 and not near 1: one power an entry and iteration."""
+    z, most = v.mul_(delta), 1 + 4 * torch.finfo(v.dtype).eps
+    t = z.new_full((z.shape[0], 1), -1.0)
+    q, w = torch.empty_like(z), torch.empty_like(z)
+    more = torch.ones_like(t, dtype=torch.bool)
+
+    def powers() -> tuple[Tensor, Tensor]:
+        """The sum of the y = (z − t)₊^{1/δ}, left in q, and of the y^{1−δ}."""
+        torch.sub(z, t, out=q).relu_()
+        rate = torch.pow(q, (1 - delta) / delta, out=w).sum(-1, keepdim=True)
+        return q.mul_(w).sum(-1, keepdim=True), rate
+
+    for _ in range(MAX_ITER if watch else _UNREADABLE_ITER):
+        total, rate = powers()
+        more = more & (total > most)
+        if watch and not checks.host_bool(more.any()):
+            break
+        norm = total**delta
+        moved = t + (norm - 1) * total / (norm * rate)
+        more = more & (moved > t)
+        t = torch.where(more, moved, t)
+    else:
+        total, _ = powers()
+    return q.div_(total), t / delta
 
 
 def _general(v: Tensor, delta: Tensor | float, watch: bool) -> tuple[Tensor, Tensor]:

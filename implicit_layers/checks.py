@@ -5,6 +5,8 @@ Everything in a loop that makes the host wait for the device goes through `host_
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,6 +17,11 @@ from implicit_layers.errors import ArgumentError, ArgumentTypeError, DeviceError
 def host_bool(flag: Tensor) -> bool:
     """Read one boolean back from the device, which waits for it."""
     return bool(flag)
+
+
+def host_nan(value: Tensor) -> bool:
+    """Read one number back from the device: whether it is NaN."""
+    return math.isnan(float(value))
 
 
 def host_int(count: Tensor) -> int:

@@ -93,6 +93,87 @@ def _softmax(method: str) -> Operation:
     )
 
 
+# --- the simplex family ---------------------------------------------------------------------------------------------
+
+
+def _apart(batch: Batch, seed: int) -> Tensor:
+    """Scores whose answers are well away from the kinks: nearly −1, 0, 0.3 and 0.5, in any order and at any height."""
+    normal = _normal(seed)
+    base = torch.tensor([0.5, 0.0, -1.0, 0.3], dtype=torch.float64)
+    order = normal(*batch, 4).argsort(-1)
+    return base.expand(*batch, 4).gather(-1, order) + 0.05 * normal(*batch, 4).tanh() + normal(*batch, 1)
+
+
+def _with_temperature(batch: Batch, seed: int) -> Tensors:
+    return _apart(batch, seed), 0.8 + 0.1 * _normal(seed + 1)(*batch, 1).tanh()
+
+
+def _with_alpha(batch: Batch, seed: int) -> Tensors:
+    return *_with_temperature(batch, seed), 1.5 + 0.2 * _normal(seed + 2)(*batch, 1).tanh()
+
+
+def _with_k(batch: Batch, seed: int) -> Tensors:
+    return *_with_temperature(batch, seed), 1.6 + 0.1 * _normal(seed + 2)(*batch, 1).tanh()
+
+
+def _with_target(batch: Batch, seed: int) -> Tensors:
+    return *_with_alpha(batch, seed), _normal(seed + 3)(*batch, 4)
+
+
+def _loss(x: Tensor, temperature: Tensor, alpha: Tensor, target: Tensor) -> Tensors:
+    return (il.fenchel_young_loss(x, target.softmax(-1), alpha, temperature=temperature),)
+
+
+def _family(
+    name: str,
+    make: Callable[[Batch, int], Tensors],
+    call: Callable[..., Tensors],
+    *,
+    steps: int,
+    syncs: int = 2,
+    **more: object,
+) -> Operation:
+    return Operation(
+        name,
+        make,
+        call,
+        events=tuple(x.ndim for x in make((), 0)),
+        syncs=(syncs, 1, 0),
+        iterations=lambda *tensors: torch.tensor(steps),
+        **more,  # type: ignore[arg-type]
+    )
+
+
+FAMILY = (
+    _family("il.sparsemax", _with_temperature, lambda x, t: (il.sparsemax(x, temperature=t),), steps=6, fake_cuda=True),
+    _family("il.entmax: 1.5", _with_temperature, lambda x, t: (il.entmax(x, temperature=t),), steps=10, fake_cuda=True),
+    _family(
+        "il.entmax",
+        _with_alpha,
+        lambda x, t, a: (il.entmax(x, a, temperature=t),),
+        steps=10,
+        syncs=3,
+        fake_cuda=True,
+    ),
+    _family("il.soft_top_k", _with_k, lambda x, t, k: (il.soft_top_k(x, k, temperature=t),), steps=16, syncs=4),
+    _family(
+        "il.soft_top_k: euclidean",
+        _with_k,
+        lambda x, t, k: (il.soft_top_k(x, k, temperature=t, regulariser="euclidean"),),
+        steps=16,
+        syncs=4,
+    ),
+    _family(
+        "il.regularized_argmax",
+        _with_k,
+        lambda x, t, k: (il.regularized_argmax(x, "entropy", temperature=t, total=k),),
+        steps=16,
+        syncs=4,
+    ),
+    _family("il.fenchel_young_loss", _with_target, _loss, steps=10, syncs=6),
+)
+
+
 # --- quadratic programs ---------------------------------------------------------------------------------------------
 
 QP_NAMES = ("Q", "p", "A", "b", "G", "h", "lb", "ub")
@@ -230,6 +311,7 @@ OPERATIONS = (
     _softmax("closed"),
     _softmax("newton"),
     _softmax("kkt"),
+    *FAMILY,
     _solve_qp("", 3, 2, 1),
     _solve_qp(": inequalities", 3, 3, 0),
     _solve_qp(": equalities", 3, 0, 2),
@@ -300,5 +382,28 @@ OPERATIONS = (
         fullgraph_vmap=False,
         syncs=(14, 2, 1),
         iterations=_qp_layer_iterations,
+    ),
+        "nn.Sparsemax",
+        lambda: il.nn.Sparsemax(learn_temperature=True).double(),
+        lambda seed: (torch.tensor(0.4, dtype=torch.float64),),
+        4,
+        syncs=(2, 1, 0),
+        iterations=lambda *tensors: torch.tensor(10),
+    ),
+    _module(
+        "nn.SoftTopK",
+        lambda: il.nn.SoftTopK(2, temperature=0.8, learn_temperature=True).double(),
+        lambda seed: (torch.tensor(-0.2, dtype=torch.float64),),
+        4,
+        syncs=(4, 1, 0),
+        iterations=lambda *tensors: torch.tensor(16),
+    ),
+    _module(
+        "nn.Entmax",
+        lambda: il.nn.Entmax(1.5, learn_temperature=True, learn_alpha=True).double(),
+        lambda seed: (torch.tensor(-0.2, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)),
+        4,
+        syncs=(3, 1, 0),
+        iterations=lambda *tensors: torch.tensor(10),
     ),
 )

@@ -35,6 +35,7 @@ from implicit_layers.krylov import Neumann as Neumann
 from implicit_layers.linalg import Cholesky as Cholesky
 from implicit_layers.linalg import Direct as Direct
 from implicit_layers.linalg import LeastSquares as LeastSquares
+from implicit_layers.polytope import entropic_lp as entropic_lp
 from implicit_layers.qp import solve_qp as solve_qp
 from implicit_layers.simplex import softmax as softmax
 from implicit_layers.solution import QPSolution as QPSolution

@@ -48,6 +48,7 @@ from implicit_layers.solvers import FixedPointIteration as FixedPointIteration
 from implicit_layers.solvers import GradientDescent as GradientDescent
 from implicit_layers.solvers import InteriorPoint as InteriorPoint
 from implicit_layers.solvers import Newton as Newton
+from implicit_layers.transport import sinkhorn as sinkhorn
 from implicit_layers.unrolled import unroll as unroll
 
 __version__ = "0.1.0"

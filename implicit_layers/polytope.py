@@ -20,7 +20,7 @@ from torch import Tensor
 
 from implicit_layers import checks, transforms
 from implicit_layers.eager import uncompiled
-from implicit_layers.errors import ArgumentError, DegenerateGradientWarning, DeviceError, ShapeError, warn
+from implicit_layers.errors import ArgumentError, DeviceError, ShapeError
 from implicit_layers.kkt.quadratic import expand, matvec, outer, transposed_matvec, unexpand
 from implicit_layers.kkt.schur import SchurSolve
 from implicit_layers.legacy_vmap import modernised
@@ -289,6 +289,7 @@ class _Linear(NamedTuple):
     slack: Tensor  # (*B, m): −∂(entropic slack)/∂η
     held: Tensor  # (*B, m)
     null: Tensor  # (*B, m, m)
+    weak: Tensor  # (*B,)
     converged: Tensor  # (*B,)
 
     @staticmethod
@@ -303,11 +304,9 @@ class _Linear(NamedTuple):
         weak: Tensor,
         converged: Tensor,
     ) -> _Linear:
-        """From what the forward pass kept; says where the derivative is one-sided."""
+        """From what the forward pass kept."""
         if settings.on_failure != "raise":
             x, eta = (torch.where(converged.unsqueeze(-1), t, 0.0) for t in (x, eta))
-        if checks.host_bool((weak & converged).any()):
-            _warn_of_kinks(weak & converged)
         bounded = torch.isfinite(u)
         slack = torch.zeros_like(eta)
         if settings.entropic:
@@ -319,7 +318,7 @@ class _Linear(NamedTuple):
         else:
             capped = bounded & (x >= u) & converged.unsqueeze(-1)
             weight, by_bound = torch.where(capped, 0.0, x), capped.to(x.dtype)
-        return _Linear(E, x, eta, weight, by_bound, slack, held, null, converged)
+        return _Linear(E, x, eta, weight, by_bound, slack, held, null, weak & converged, converged)
 
     def good(self, t: Tensor) -> Tensor:
         """t, but zero for failed problems."""
@@ -327,16 +326,5 @@ class _Linear(NamedTuple):
 
     def solve(self, right: Tensor) -> Tensor:
         """M⁻¹ right on the rows that are held."""
-        solution: Tensor = SchurSolve.apply(self.E, self.weight, self.slack, self.held, self.null, right)
+        solution: Tensor = SchurSolve.apply(self.E, self.weight, self.slack, self.held, self.null, self.weak, right)
         return solution
-
-
-def _warn_of_kinks(weak: Tensor) -> None:
-    """Say which problems have a kink at the solution."""
-    first = f" (first: index {checks.index_of(weak)})" if weak.ndim else ""
-    warn(
-        f"entropic_lp: {int(weak.sum())} of {weak.numel()} problems{first} have an inequality that is only just active "
-        "(its multiplier and its slack are both zero), where the solution has a kink; the derivative to one side is "
-        "used. slack='entropic' has no kinks.",
-        DegenerateGradientWarning,
-    )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks, transforms
+from implicit_layers.errors import DegenerateGradientWarning, warn
 from implicit_layers.kkt.quadratic import cholesky_solve, matvec, outer, transposed_matvec, unexpand
 from implicit_layers.legacy_vmap import modernised
 
@@ -78,10 +79,17 @@ def dependent(E: Tensor) -> Tensor:  # (N or 1, m, n) -> (N or 1, m, m)
 
 
 class SchurSolve(torch.autograd.Function):
-    """(E, W, d, kept, null, r) to w with (E W Eᵀ + diag d) w = r on the kept rows; derivatives solve it again."""
+    """(E, W, d, kept, null, weak, r) to w with (E W Eᵀ + diag d) w = r on the kept rows; derivatives solve it again.
+
+    Warns of problems that are `weak`: this is the first place of a backward pass where values may be looked at.
+    """
 
     @staticmethod
-    def forward(E: Tensor, weight: Tensor, diagonal: Tensor, kept: Tensor, null: Tensor, right: Tensor) -> Tensor:
+    def forward(
+        E: Tensor, weight: Tensor, diagonal: Tensor, kept: Tensor, null: Tensor, weak: Tensor, right: Tensor
+    ) -> Tensor:
+        if checks.host_bool(weak.any()):
+            _warn_of_kinks(weak)
         batch, m, n = right.shape[:-1], right.shape[-1], weight.shape[-1]
         size = batch.numel()
         matrix = gram(unexpand(E, 2, batch), weight.reshape(size, n), diagonal.reshape(size, m))
@@ -90,7 +98,7 @@ class SchurSolve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        saved = (*inputs[:5], output)
+        saved = (*inputs[:6], output)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
@@ -99,20 +107,20 @@ class SchurSolve(torch.autograd.Function):
         needs_matrix = ctx.needs_input_grad[0]
 
         def work(*tensors: Tensor) -> list[Tensor | None]:
-            E, weight, diagonal, kept, null, w, grad = tensors
-            v = SchurSolve.apply(E, weight, diagonal, kept, null, grad)
+            E, weight, diagonal, kept, null, weak, w, grad = tensors
+            v = SchurSolve.apply(E, weight, diagonal, kept, null, weak, grad)
             by_w, by_v = transposed_matvec(E, w), transposed_matvec(E, v)
             grad_E = -(outer(v, weight * by_w) + outer(w, weight * by_v)) if needs_matrix else None
             return [grad_E, -by_w * by_v, -v * w, v]
 
         grad_E, grad_weight, grad_diagonal, v = modernised(work, (*ctx.saved_tensors, grad))
-        return grad_E, grad_weight, grad_diagonal, None, None, v
+        return grad_E, grad_weight, grad_diagonal, None, None, None, v
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         with transforms.forward_mode():
-            E, weight, diagonal, kept, null, w = transforms.primals(ctx.saved_tensors)
-            d_E, d_weight, d_diagonal, _, _, d_right = tangents
+            E, weight, diagonal, kept, null, weak, w = transforms.primals(ctx.saved_tensors)
+            d_E, d_weight, d_diagonal, _, _, _, d_right = tangents
             right = torch.zeros_like(w) if d_right is None else d_right
             pulled = transposed_matvec(E, w)
             if d_E is not None:
@@ -122,8 +130,19 @@ class SchurSolve(torch.autograd.Function):
                 right = right - matvec(E, d_weight * pulled)
             if d_diagonal is not None:
                 right = right - d_diagonal * w
-            return SchurSolve.apply(E, weight, diagonal, kept, null, right)
+            return SchurSolve.apply(E, weight, diagonal, kept, null, weak, right)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, int]:
         return SchurSolve.apply(*transforms.map_to_front(info.batch_size, in_dims, tensors)), 0
+
+
+def _warn_of_kinks(weak: Tensor) -> None:
+    """Say which problems have a kink at the solution."""
+    first = f" (first: index {checks.index_of(weak)})" if weak.ndim else ""
+    warn(
+        f"entropic_lp: {int(weak.sum())} of {weak.numel()} problems{first} have an inequality that is only just active "
+        "(its multiplier and its slack are both zero), where the solution has a kink; the derivative to one side is "
+        "used. slack='entropic' has no kinks.",
+        DegenerateGradientWarning,
+    )

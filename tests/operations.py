@@ -256,8 +256,8 @@ def _softmax_layer() -> torch.nn.Module:
 
 
 def _entropic_lp_layer() -> torch.nn.Module:
-    A, b, temperature = map(torch.nn.Parameter, _entropic_lp_layer_state(0))
-    return il.nn.EntropicLP(A=A, b=b, temperature=float(temperature.exp()), learn_temperature=True)
+    A, b, _ = _entropic_lp_layer_state(0)
+    return il.nn.EntropicLP(A=torch.nn.Parameter(A), b=torch.nn.Parameter(b), temperature=0.7, learn_temperature=True)
 
 
 def _entropic_lp_layer_state(seed: int) -> Tensors:

@@ -43,7 +43,7 @@ def entropic_lp(
     temperature: Tensor | float = 1.0,  # (*B, 1)
     slack: Slack = "hard",
     tol: float = 1e-10,
-    max_iter: int = 300,
+    max_iter: int = 1000,
     on_failure: OnFailure = "raise",
 ) -> Solution:
     r"""Choose a point of a polytope by an entropy-regularised linear program. `c` are SCORES: they are MAXIMISED.
@@ -241,8 +241,7 @@ class _EntropicLP(torch.autograd.Function):
             *saved, grad_x, grad_eta = tensors
             at = _Linear.at(settings, *saved)
             grad_x, grad_eta = at.good(grad_x), at.good(grad_eta)
-            w = at.solve(matvec(at.E, at.weight * grad_x) - grad_eta)
-            left = grad_x - transposed_matvec(at.E, w)
+            w, left = at.eliminate(grad_x, -grad_eta)
             p = at.weight * left
             grad_E = -(outer(at.eta, p) + outer(w, at.x)) if needs_matrix else None
             return [p, grad_E, w, at.by_bound * left]
@@ -259,11 +258,9 @@ class _EntropicLP(torch.autograd.Function):
             if d_E is not None:
                 moved, excess = moved - transposed_matvec(d_E, at.eta), excess + matvec(d_E, at.x)
             excess = excess if d_f is None else excess - d_f
-            along = at.weight * moved
-            along = along if d_u is None else along + at.by_bound * d_u
-            d_eta = at.solve(at.good(matvec(at.E, along) + excess))
-            d_x = at.good(along) - at.weight * transposed_matvec(at.E, d_eta)
-            return d_x, d_eta, *(None for _ in range(7))
+            by_bound = torch.zeros_like(at.x) if d_u is None else at.by_bound * d_u
+            d_eta, left = at.eliminate(at.good(moved), at.good(excess + matvec(at.E, by_bound)))
+            return at.weight * left + at.good(by_bound), d_eta, *(None for _ in range(7))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], settings: _Settings, *tensors: Tensor) -> tuple[Any, Any]:
@@ -324,7 +321,18 @@ class _Linear(NamedTuple):
         """t, but zero for failed problems."""
         return torch.where(self.converged.unsqueeze(-1), t, 0.0)
 
-    def solve(self, right: Tensor) -> Tensor:
+    def eliminate(self, g: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:  # (*B, n), (*B, m)
+        """w = M⁻¹(E W g + extra), and g − Eᵀw free of cancellation.
+
+        Near a vertex g − Eᵀw is many orders smaller than g. Whatever w₀ is taken out first, what is left to solve for is
+        w − w₀, and is small too.
+        """
+        first = self._solve(matvec(self.E, self.weight * g) + extra).detach()
+        left = g - transposed_matvec(self.E, first)
+        second = self._solve(matvec(self.E, self.weight * left) + extra - self.slack * first)
+        return first + second, left - transposed_matvec(self.E, second)
+
+    def _solve(self, right: Tensor) -> Tensor:
         """M⁻¹ right on the rows that are held."""
         solution: Tensor = SchurSolve.apply(self.E, self.weight, self.slack, self.held, self.null, self.weak, right)
         return solution

@@ -45,7 +45,7 @@ class EntropicLP(nn.Module):
         learn_temperature: bool = False,
         slack: Slack = "hard",
         tol: float = 1e-10,
-        max_iter: int = 300,
+        max_iter: int = 1000,
         on_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()

@@ -29,11 +29,14 @@ from implicit_layers.solution import Status
 
 _NEAR = 0.3  # relative residual from which on the path is followed
 _CLOSE = 0.1  # and the Newton decrement, relative to the curvature
-_STRAY = 0.6  # the most that a step along the path may leave
+_STRAY, _STRAY_SMOOTH = 0.6, 0.1  # the most that a step along the path may leave; sigmoids hide much of it
 _LONGER, _SHORTER = 4.0, 0.3  # how the step along the path grows and shrinks
+_DAMPING = 1e-2  # curvature lent to entries at their bounds, relative to the residual and to that without bounds
+_SMALL = 1e-3  # residual from which on a smaller one is progress, whatever rounding makes of the objective
 _TRIALS = 40  # of the line search
 _FLOOR = 1e-5  # rows smaller than this, next to the largest row of the problem, are judged by it
-_PROOF = 1e-10  # relative size of what counts as a contradiction, and of what rounding may hide
+_PROOF = 1e-10  # relative size from which on a gap is a contradiction and not rounding
+_FAR = 1e8  # a point this many times larger than the right-hand sides is none
 _WEAK = 1e-9  # relative size below which a dual and a slack are both zero
 
 
@@ -102,7 +105,8 @@ class Programs(NamedTuple):
 
         For 0 ≤ x ≤ u with E x = f (≤ f where d ≥ 0):  fᵀd ≥ (Eᵀd)ᵀx ≥ −Σ uᵢ max(0, −(Eᵀd)ᵢ). Where the left-hand
         side is smaller than the right, by more than rounding, there is no such x. An entry without a bound must have
-        (Eᵀd)ᵢ ≥ 0; what is negative there by rounding asks of x a size that no sum of the right-hand sides has.
+        (Eᵀd)ᵢ ≥ 0; where it is negative, x would have to be larger than the gap over it, which no data of this size ask
+        for.
         """
         d = torch.where(self.inequality(), direction.clamp(min=0.0), direction)
         d = d / d.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(d.dtype).tiny)
@@ -112,8 +116,9 @@ class Programs(NamedTuple):
         reach = (torch.where(bounded, self.ub, 0.0) * falls).sum(-1)
         gap = -(self.f * d).sum(-1) - reach
         noise = _PROOF * ((self.f * d).abs().sum(-1) + reach)
-        rounding = torch.where(bounded, 0.0, (falls - _PROOF * terms).clamp(min=0.0)).amax(-1)
-        return (gap > noise) & (rounding <= 0) & torch.isfinite(gap)
+        open_falls = torch.where(bounded, 0.0, (falls - 8 * torch.finfo(d.dtype).eps * terms).clamp(min=0.0)).amax(-1)
+        far = _FAR * self.f.abs().amax(-1) * open_falls <= gap
+        return (gap > noise) & far & torch.isfinite(gap)
 
 
 class Dual(NamedTuple):
@@ -157,6 +162,7 @@ class DualNewton:
         point = programs.at(start, eta)
         rho = programs.residual(point, eta)
         damping = torch.zeros_like(gamma)
+        stray = torch.where(torch.isfinite(ub).any(-1) & entropic, _STRAY_SMOOTH, _STRAY)
         iterations = torch.zeros(batch, dtype=torch.int64, device=f.device)
         infeasible = impossible | programs.contradicted(-matvec(null, f))
         done = infeasible.clone()
@@ -169,7 +175,9 @@ class DualNewton:
             if entropic:
                 bound = torch.zeros_like(bound)
             kept = torch.where(bound, 0.0, 1.0)
-            weight = torch.maximum(point.weight, torch.maximum(damping, 1e-2 * rho.unsqueeze(-1).clamp(max=1)) * point.x)
+            good = (gamma[:, 0] >= 1) & (rho <= self.tol)
+            share = torch.maximum(damping, _DAMPING * rho.clamp(max=1.0).unsqueeze(-1))
+            weight = torch.maximum(point.weight, torch.where(good.unsqueeze(-1), 0.0, share) * point.x)
             system = gram(E, weight, point.slack / scale)
             factor = factorise(system, kept, null)
             newton = torch.where(bound, excess / _positive(system.diagonal(dim1=-2, dim2=-1)), factor.solve(excess))
@@ -183,8 +191,6 @@ class DualNewton:
             ahead = torch.where(on_path, torch.minimum(1 - gamma, reach), 0.0)
             length = torch.ones_like(gamma)
             waiting = ~done
-            at_end = gamma[:, 0] >= 1
-            good = at_end & (rho <= self.tol)
             for trial in range(_TRIALS):
                 moved = eta + length * newton + ahead * tangent
                 if not entropic:
@@ -195,7 +201,7 @@ class DualNewton:
                 slope = -(excess * (moved - eta)).sum(-1)
                 noise = 1e-13 * ((f * eta).abs().sum(-1) + point.value.abs())
                 fine = torch.isfinite(there.value) & (there.value <= point.value + 1e-4 * slope + noise)
-                fine = torch.where(ahead[:, 0] > 0, error <= _STRAY, fine | (error <= 0.5 * rho))
+                fine = torch.where(ahead[:, 0] > 0, error <= stray, fine | (error <= 0.5 * rho.clamp(max=_SMALL)))
                 fine = torch.where(good, error < rho, fine)
                 take = waiting & fine
                 stop = waiting & good & (~fine | (error > 0.25 * rho))

@@ -8,6 +8,7 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.kkt.quadratic import matvec
 from implicit_layers.kkt.schur import dependent
+from implicit_layers.solution import Status
 from implicit_layers.solvers.dual_newton import Dual, DualNewton, Programs
 
 _SURE = 1e-12  # relative size of what rounding may hide in one row
@@ -24,6 +25,8 @@ def solve(
     solver: DualNewton,
 ) -> tuple[Dual, Tensor]:
     """Solve the programs as they come; also the projection on dependent equality rows, (N or 1, m, m)."""
+    if f.shape[-1] == 0:
+        return _unconstrained(theta, E, f, ub, entropic)
     inequality = torch.arange(f.shape[-1], device=f.device) >= n_eq
     largest = E.abs().amax(-1)
     scale = torch.where((largest > 0) & ~(inequality & entropic), largest, 1.0)
@@ -40,6 +43,16 @@ def solve(
         back[:, :n_eq, :n_eq] = dependent(E[:, :n_eq])
         dual = dual._replace(eta=dual.eta - matvec(back, dual.eta))
     return dual, back
+
+
+def _unconstrained(theta: Tensor, E: Tensor, f: Tensor, ub: Tensor, entropic: bool) -> tuple[Dual, Tensor]:
+    """Without rows the scores are all there is."""
+    x = Programs(theta, E, f, ub.clamp(min=0.0), f[:1], 0, entropic).at(theta, f).x
+    impossible = (ub < 0).any(-1)
+    status = torch.where(impossible, int(Status.INFEASIBLE), int(Status.CONVERGED)).to(torch.int8)
+    zero = torch.zeros_like(theta[:, 0])
+    dual = Dual(x, f, f, status, torch.zeros_like(status, dtype=torch.int64), zero, torch.zeros_like(impossible))
+    return dual, torch.zeros(1, 0, 0, dtype=E.dtype, device=E.device)
 
 
 def _forced(E: Tensor, f: Tensor, ub: Tensor, inequality: Tensor) -> tuple[Tensor, Tensor]:

@@ -216,7 +216,11 @@ def _fitted(X: Tensor, target: Tensor) -> il.Solution:
 
 
 def _module(
-    name: str, module: Callable[[], torch.nn.Module], state: Callable[[int], Tensors], width: int | tuple[int, ...], **more: object
+    name: str,
+    module: Callable[[], torch.nn.Module],
+    state: Callable[[int], Tensors],
+    width: int | tuple[int, ...],
+    **more: object,
 ) -> Operation:
     held = module()
     shape = (width,) if isinstance(width, int) else width

@@ -54,7 +54,9 @@ def stationarity(x, *, c, A, b, G=None, h=None, ub=None, tau=1.0) -> float:
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 7)], ids=str)
 def test_with_one_row_of_ones_it_is_softmax(shape, tau):
     c = normal(0)(*shape).requires_grad_()
-    x = il.entropic_lp(c, A=torch.ones(1, shape[-1], dtype=DOUBLE), b=torch.ones(1, dtype=DOUBLE), temperature=tau).value
+    x = il.entropic_lp(
+        c, A=torch.ones(1, shape[-1], dtype=DOUBLE), b=torch.ones(1, dtype=DOUBLE), temperature=tau
+    ).value
     expected = (c / tau).softmax(-1)
     torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-14)
     weights = normal(1)(*shape)
@@ -192,7 +194,9 @@ def test_no_tensor_is_quadratic_in_the_variables():
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
-            sizes = [t.numel() for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
+            sizes = [
+                t.numel() for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)
+            ]
             largest = max([largest, *sizes])
             return result
 
@@ -245,7 +249,9 @@ def test_an_infeasible_problem_leaves_its_neighbours_alone():
         one = {k: v[i].clone().requires_grad_() for k, v in d.items()}
         x = il.entropic_lp(**one).value
         torch.testing.assert_close(solution.value[i], x, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close([grad[i] for grad in found], list(torch.autograd.grad((g[i] * x).sum(), list(one.values()))))
+        torch.testing.assert_close(
+            [grad[i] for grad in found], list(torch.autograd.grad((g[i] * x).sum(), list(one.values())))
+        )
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from implicit_layers.legacy_vmap import modernised
 
 DENSE_LIMIT = 2048  # size of the smaller side up to which S is formed
 _RIDGES = (1e-15, 1e-12, 1e-9, 1e-6)  # on the unit diagonal of the scaled S, the first that lets it be factored
+_ROUNDING = 1e-12  # relative difference of sums that is none
 _CG = ConjugateGradient(tol=1e-13)
 
 
@@ -112,12 +113,14 @@ class Balance:
         inverse_r = torch.where(r > 0, 1 / torch.where(r > 0, r, 1.0), 0.0)
         return Balance(P, r, c, inverse_r, _Schur.of(P, inverse_r, c), swapped)
 
-    def solve(self, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:  # (N, n), (N, m)
-        """Solve B(u, v) = (r1, r2); rows and columns of zeros get zeros."""
+    def solve(self, r1: Tensor, r2: Tensor, *, same_sums: bool = False) -> tuple[Tensor, Tensor]:  # (N, n), (N, m)
+        """Solve B(u, v) = (r1, r2); rows and columns of zeros get zeros. `same_sums`: Σr1 = Σr2 but for rounding."""
         if self.swapped:
             r1, r2 = r2, r1
         rows, columns = self.r > 0, self.c > 0
-        r1, r2 = without_gauge(r1, r2, rows, columns)
+        r1, r2 = torch.where(rows, r1, 0.0), torch.where(columns, r2, 0.0)
+        if not same_sums:
+            r1, r2 = _consistent(r1, r2, rows, columns)
         u, v = torch.zeros_like(r1), torch.zeros_like(r2)
         for _ in range(2):  # the second refines the first
             e1 = r1 - torch.where(rows, self.r * u + matvec(self.P, v), 0.0)
@@ -127,6 +130,15 @@ class Balance:
             v = v + dv
         u, v = without_gauge(u, v, rows, columns)
         return (v, u) if self.swapped else (u, v)
+
+
+def _consistent(r1: Tensor, r2: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the sums equal, where they differ by more than rounding, which a tiny row would not survive."""
+    mismatch = (r1.sum(-1) - r2.sum(-1)).abs()
+    size = r1.abs().sum(-1) + r2.abs().sum(-1)
+    differ = (mismatch > _ROUNDING * size).unsqueeze(-1)
+    even1, even2 = without_gauge(r1, r2, rows, columns)
+    return torch.where(differ, even1, r1), torch.where(differ, even2, r2)
 
 
 def without_gauge(u: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ _NEWTON_FIXED, _NEWTON_SIZE = 15.0, 15.0  # a Newton step costs as much as 15 + 
 _NEAR, _STRAY = 0.3, 0.6  # relative errors between which the path is followed
 _LONGER, _SHORTER = 4.0, 0.3  # how the step along the path grows and shrinks
 _TRIALS = 30
+_NEWTON_LIMIT = 500  # a problem that takes more Newton steps than this will not be solved
 
 
 class Scaled(NamedTuple):
@@ -95,6 +96,8 @@ class Scaling:
         if L.shape[-1] > L.shape[-2]:
             found = self.solve(L.mT, b, a)
             return found._replace(P=found.P.mT, phi=found.psi, psi=found.phi)
+        mass = a.sum(-1, keepdim=True)
+        a, b = (x / torch.where(mass > 0, mass, 1.0) for x in (a, b))
         rows, columns = a > 0, b > 0
         L = L.masked_fill(~(rows.unsqueeze(-1) & columns.unsqueeze(-2)), -torch.inf)
         forbidden = checks.host_bool((torch.isinf(L) & rows.unsqueeze(-1) & columns.unsqueeze(-2)).any())
@@ -111,8 +114,9 @@ class Scaling:
         residual = torch.where(torch.isnan(residual), torch.inf, residual)
         status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.NOT_CONVERGED))
         status = torch.where(infeasible, int(Status.INFEASIBLE), status).to(torch.int8)
-        phi, psi = balance.without_gauge(plan.phi, psi, rows, columns)
-        return Scaled(plan.P, phi, psi, status, iterations, residual)
+        phi = plan.phi + torch.where(mass > 0, mass, 1.0).log()
+        phi, psi = balance.without_gauge(phi, psi, rows, columns)
+        return Scaled(plan.P * mass.unsqueeze(-1), phi, psi, status, iterations, residual)
 
     def _scale(self, L: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scale until all are done or the slowest had better go on with Newton: ψ, iterations, errors."""
@@ -136,7 +140,9 @@ class Scaling:
                 sums = transposed_matvec(plan.P, u)
             used += count
             off = (v * sums - b).abs().sum(-1) / b.sum(-1).clamp(min=torch.finfo(b.dtype).tiny)
-            usable = torch.isfinite(off) & ((v < _WIDE) & (v > 1 / _WIDE)).all(-1) & ((u < _WIDE) & (u > 1 / _WIDE)).all(-1)
+            usable = (
+                torch.isfinite(off) & ((v < _WIDE) & (v > 1 / _WIDE)).all(-1) & ((u < _WIDE) & (u > 1 / _WIDE)).all(-1)
+            )
             fresh = torch.where(plan.columns > 0, b / plan.columns, 1.0)  # one exact half step where that went too far
             growth = torch.where(usable.unsqueeze(-1), v, fresh.clamp(1 / _WIDE, _WIDE))
             psi = torch.where(columns & ~done.unsqueeze(-1), psi + growth.log(), psi)
@@ -178,18 +184,26 @@ class Scaling:
         reach = torch.ones_like(gamma)
         rho, error = _relative(plan, b), _error(plan, a, b)
         none = torch.zeros_like(rho, dtype=torch.bool)
-        done = none.clone()
-        budget = self.max_iter - iterations
+        budget = (self.max_iter - iterations).clamp(max=_NEWTON_LIMIT)
+        if forbidden:
+            none = (
+                none
+                | _contradicted(open_, a, b, torch.zeros_like(b))
+                | _contradicted(open_.mT, b, a, torch.zeros_like(a))
+            )
+        done = none | (budget <= 0)
         steps = torch.zeros_like(iterations)
         while not checks.host_bool(done.all()):
             steps += ~done
             excess = b - plan.columns
             system = balance.Balance.of(plan.P)
-            _, newton = system.solve(torch.zeros_like(a), excess)
+            _, newton = system.solve(torch.zeros_like(a), excess, same_sums=True)
             following = (rho <= _NEAR).unsqueeze(-1) & (gamma < 1)
             turned = plan.P * flat
-            turned = turned - plan.P * torch.where(a > 0, turned.sum(-1) / torch.where(a > 0, a, 1.0), 0.0).unsqueeze(-1)
-            _, tangent = system.solve(torch.zeros_like(a), -turned.sum(-2))
+            turned = turned - plan.P * torch.where(a > 0, turned.sum(-1) / torch.where(a > 0, a, 1.0), 0.0).unsqueeze(
+                -1
+            )
+            _, tangent = system.solve(torch.zeros_like(a), -turned.sum(-2), same_sums=True)
             ahead = torch.where(following, torch.minimum(1 - gamma, reach), 0.0)
             length = torch.ones_like(gamma)
             good = (gamma[:, 0] >= 1) & (error <= self.tol)
@@ -209,7 +223,12 @@ class Scaling:
                 stop = waiting & good & (~fine | (new_error > 0.25 * error))
                 psi, gamma = torch.where(pick, moved, psi), torch.where(pick, further, gamma)
                 reach = torch.where(pick & (ahead > 0), _LONGER * ahead, reach)
-                plan = _Plan(*(torch.where(take.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(there, plan, strict=True)))
+                plan = _Plan(
+                    *(
+                        torch.where(take.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+                        for x, y in zip(there, plan, strict=True)
+                    )
+                )
                 rho, error = torch.where(take, new_rho, rho), torch.where(take, new_error, error)
                 done = done | stop
                 waiting = waiting & ~fine & ~done
@@ -233,8 +252,8 @@ def _contradicted(open_: Tensor, a: Tensor, b: Tensor, direction: Tensor) -> Ten
     """
     found = torch.zeros_like(b[:, 0], dtype=torch.bool)
     spread = direction.amax(-1, keepdim=True) - direction.amin(-1, keepdim=True)
-    for share in (0.5, 0.1, 0.9):
-        chosen = (direction > direction.amin(-1, keepdim=True) + share * spread).to(b.dtype)
+    for share in (0.5, 0.1, 0.9, 0.0):  # the last: all columns
+        chosen = (direction >= direction.amin(-1, keepdim=True) + share * spread).to(b.dtype) * (b > 0)
         served = (open_ & (chosen > 0).unsqueeze(-2)).any(-1).to(a.dtype)
         found = found | ((b * chosen).sum(-1) > (1 + 1e-9) * (a * served).sum(-1))
     return found

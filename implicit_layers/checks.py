@@ -182,8 +182,8 @@ def temperature(name: str, scores: Tensor, event_ndim: int, value: object) -> Te
     if value.ndim and any(size != 1 for size in value.shape[-event_ndim:]):
         ones = ", ".join(["1"] * event_ndim)
         raise ShapeError(
-            f"temperature must be 0-d or have shape (*B, {ones}), one a problem, got {tuple(value.shape)} for {name} of "
-            f"shape {tuple(scores.shape)}"
+            f"temperature must be 0-d or have shape (*B, {ones}), one a problem, got {tuple(value.shape)} for {name} "
+            f"of shape {tuple(scores.shape)}"
         )
     if readable(value):
         good = (value.detach() >= least) & value.detach().isfinite()

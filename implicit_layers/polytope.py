@@ -2,11 +2,12 @@ r"""Entropy-regularised linear programs over any polytope, differentiated throug
 
     max ⟨c, x⟩ + τ H(x)   subject to   A x = b,   G x ≤ h,   0 ≤ x ≤ u,      H(x) = −Σ xᵢ log xᵢ
 
-With θ = c/τ, E = [A; G], f = [b; h], duals η (divided by τ) and t = θ − Eᵀη, the solution is x = ψ(t) entry by entry (see
-`solvers.dual_newton`), W = diag ψ'(t), and with M = E W Eᵀ (+ the entropic slacks) on the rows that are held, the adjoint of
-(g_x, g_η) is
+With θ = c/τ, E = [A; G], f = [b; h], duals η (divided by τ) and t = θ − Eᵀη, the solution is x = ψ(t) entry by entry
+(see `solvers.dual_newton`), W = diag ψ'(t), and with M = E W Eᵀ (+ the entropic slacks) on the rows that are held, the
+adjoint of (g_x, g_η) is
 
-    w = M⁻¹(E W g_x − g_η),   p = W(g_x − Eᵀw);      ∂θ = p,   ∂f = w,   ∂E = −(η pᵀ + w xᵀ),   ∂u = ∂ψ/∂u ∘ (g_x − Eᵀw).
+    w = M⁻¹(E W g_x − g_η),   p = W(g_x − Eᵀw),
+    ∂θ = p,   ∂f = w,   ∂E = −(η pᵀ + w xᵀ),   ∂u = ∂ψ/∂u ∘ (g_x − Eᵀw).
 
 Forward mode solves the same M, and so do derivatives of derivatives: `SchurSolve` is that one solve. Nothing is n×n.
 """
@@ -77,8 +78,8 @@ def entropic_lp(
     Gradient: with respect to c, A, b, G, h, u and τ, to any order, forward and reverse mode: one Cholesky factorisation
               of E W Eᵀ, of the size of the constraints. Where an inequality is weakly active (no slack and no
               multiplier), the derivative to one side, with a `DegenerateGradientWarning` in the backward pass; where
-              rows depend on each other, the one of least norm, right for changes that keep the rows consistent. An entry
-              that is zero because the rows leave nothing else has zero derivatives.
+              rows depend on each other, the one of least norm, right for changes that keep the rows consistent. An
+              entry that is zero because the rows leave nothing else has zero derivatives.
     Raises:   DtypeError, DeviceError, ShapeError, NonFiniteError: naming the argument (and index).
               ValueError: τ is not positive, unknown `slack`.
               InfeasibleError: no point meets the constraints, proven by a combination of them that contradicts itself.
@@ -157,7 +158,8 @@ def _at_the_door(
     both = torch.broadcast_shapes(b.shape[:-1], h.shape[:-1])
     f = torch.cat([b.expand(*both, b.shape[-1]), h.expand(*both, h.shape[-1])], dim=-1)
     expanded = (x.expand(*batch, *x.shape[x.ndim - k :]) for x, k in ((theta, 1), (E, 2), (f, 1), (u, 1)))
-    return dtype, b.shape[-1], checked, *expanded
+    theta, E, f, u = expanded
+    return dtype, rows[1].shape[-1], checked, theta, E, f, u
 
 
 def _bounds(c: Tensor, ub: Tensor | float | None) -> Tensor:  # -> (*B, n)
@@ -322,10 +324,10 @@ class _Linear(NamedTuple):
         return torch.where(self.converged.unsqueeze(-1), t, 0.0)
 
     def eliminate(self, g: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:  # (*B, n), (*B, m)
-        """w = M⁻¹(E W g + extra), and g − Eᵀw free of cancellation.
+        """Solve for w = M⁻¹(E W g + extra), and give g − Eᵀw free of cancellation.
 
-        Near a vertex g − Eᵀw is many orders smaller than g. Whatever w₀ is taken out first, what is left to solve for is
-        w − w₀, and is small too.
+        Near a vertex g − Eᵀw is many orders smaller than g. Whatever w₀ is taken out first, what is left to solve for
+        is w − w₀, and is small too.
         """
         first = self._solve(matvec(self.E, self.weight * g) + extra).detach()
         left = g - transposed_matvec(self.E, first)

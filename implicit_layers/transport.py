@@ -12,6 +12,7 @@ whatever iterations found P. Forward mode, and derivatives of derivatives, solve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,8 @@ def sinkhorn(
             are marked in `info`; their neighbours are untouched. Data that are refused raise in any case.
         Leading dimensions *B broadcast. All is computed in float64 inside, and half precision is accepted.
 
-    Returns:  Solution(value, info): P*, (*B, n, m), in the dtype and on the device of `C`; `info` has one entry a problem.
+    Returns:  Solution(value, info): P*, (*B, n, m), in the dtype and on the device of `C`; `info` has one entry a
+              problem.
     Gradient: with respect to C, a, b and ε, to any order, forward and reverse mode: one Cholesky factorisation of the
               smaller side's size (above 2048, conjugate gradients), whatever the iterations. a and b can only change
               with Σa = Σb, so their gradients are defined up to a constant (+κ on a, −κ on b); those of least norm are
@@ -65,10 +67,10 @@ def sinkhorn(
               ValueError: a negative marginal, sums that differ, ε not positive.
               InfeasibleError: forbidden entries leave some mass no way, proven.
               ConvergenceError: the marginals stayed off by more than `tol`.
-    Cost:     O(nm) a scaling iteration; where those are slow, Newton steps of O(nm·k + k³), k = min(n, m), about 15–40 of
-              them at any ε. Memory for backward O(nm), whatever the iterations.
-    Source:   Cuturi (2013), Sinkhorn distances, arXiv:1306.0895; Eisenberger et al. (2022), A unified framework for implicit
-              Sinkhorn differentiation, arXiv:2205.06688.
+    Cost:     O(nm) a scaling iteration; where those are slow, Newton steps of O(nm·k + k³), k = min(n, m), about 15–40
+              of them at any ε. Memory for backward O(nm), whatever the iterations.
+    Source:   Cuturi (2013), Sinkhorn distances, arXiv:1306.0895; Eisenberger et al. (2022), A unified framework for
+              implicit Sinkhorn differentiation, arXiv:2205.06688.
 
     >>> C = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     >>> half = torch.tensor([0.5, 0.5])
@@ -109,11 +111,11 @@ def sinkhorn(
 def _check_costs(C: Tensor) -> None:
     """Refuse costs that are NaN or −inf."""
     C = C.detach()
-    if not checks.host_bool((C > -torch.inf).all()):
-        bad = ~(C > -torch.inf)
+    bad = C.isnan() | C.isneginf()
+    if checks.host_bool(bad.any()):
         raise NonFiniteError(
-            f"C{checks.index_of(bad)} is {float(C[bad][0])}: {int(bad.sum())} of {bad.numel()} costs are NaN or -inf. A "
-            "cost is a number, or +inf for an entry that is forbidden"
+            f"C{checks.index_of(bad)} is {float(C[bad][0])}: {int(bad.sum())} of {bad.numel()} costs are NaN or -inf. "
+            "A cost is a number, or +inf for an entry that is forbidden"
         )
 
 
@@ -130,13 +132,13 @@ def _check_marginals(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
         bad = ~(marginal >= 0)
         if bool(bad.any()):
             raise ArgumentError(
-                f"{name}{checks.index_of(bad)} is {float(marginal[bad][0])}; a marginal is a mass and cannot be negative"
+                f"{name}{checks.index_of(bad)} is {float(marginal[bad][0])}; a marginal is a mass, never negative"
             )
     where = checks.index_of(apart)
     raise ArgumentError(
         f"sinkhorn: the marginals have different sums, {float(mass[apart][0]):.6g} of a{where} and "
-        f"{float(other[apart][0]):.6g} of b{where} ({int(apart.sum())} of {apart.numel()} problems), so no plan has both. "
-        "Normalise them: b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))"
+        f"{float(other[apart][0]):.6g} of b{where} ({int(apart.sum())} of {apart.numel()} problems), so no plan has "
+        "both. Normalise them: b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))"
     )
 
 
@@ -198,7 +200,7 @@ class _Sinkhorn(torch.autograd.Function):
             u, v = BalanceSolve.apply(P, *right)
             grad_L = Q - P * (u.unsqueeze(-1) + v.unsqueeze(-2))
             if settings.zeros:
-                edges = _Edges.of(*extra, converged)
+                edges = _Edges.of(extra, converged)
                 from_rows = (edges.rows * (by_P - v.unsqueeze(-2)).detach()).sum(-1)
                 from_columns = (edges.columns * (by_P - u.unsqueeze(-1)).detach()).sum(-2)
                 u, v = u + from_rows, v + from_columns
@@ -216,7 +218,7 @@ class _Sinkhorn(torch.autograd.Function):
             d_a = torch.zeros_like(P[..., 0]) if d_a is None else d_a
             d_b = torch.zeros_like(P[..., 0, :]) if d_b is None else d_b
             if ctx.settings.zeros:
-                edges = _Edges.of(*extra, converged)
+                edges = _Edges.of(extra, converged)
                 d_P = d_P + edges.rows * d_a.unsqueeze(-1) + edges.columns * d_b.unsqueeze(-2)
             right = (_masked(converged, d_a - d_P.sum(-1)), _masked(converged, d_b - d_P.sum(-2)))
             d_phi, d_psi = BalanceSolve.apply(P, *right)
@@ -243,9 +245,9 @@ class _Edges(NamedTuple):
     columns: Tensor  # (*B, n, m): softmaxᵢ(Lᵢⱼ + φᵢ) in columns of zeros, else 0
 
     @staticmethod
-    def of(L: Tensor, a: Tensor, b: Tensor, phi: Tensor, psi: Tensor, converged: Tensor) -> _Edges:
-        """From the potentials of the rows and columns that have mass."""
-        L, a, b, phi, psi = (x.detach() for x in (L, a, b, phi, psi))
+    def of(kept: Sequence[Tensor], converged: Tensor) -> _Edges:
+        """From L, a, b, φ, ψ: by the potentials of the rows and columns that have mass."""
+        L, a, b, phi, psi = (x.detach() for x in kept)
         no_row, no_column = (a <= 0).unsqueeze(-1), (b <= 0).unsqueeze(-2)
         by_row = (L + psi.unsqueeze(-2)).masked_fill(no_column, -torch.inf).softmax(-1)
         by_column = (L + phi.unsqueeze(-1)).masked_fill(no_row, -torch.inf).softmax(-2)

@@ -359,11 +359,11 @@ def test_arguments_are_refused_by_name():
         il.entropic_lp(c, A=A, b=b, ub=torch.ones(2))
     with pytest.raises(il.ShapeError, match="c must have shape"):
         il.entropic_lp(torch.zeros(0))
-    with pytest.raises(il.DtypeError, match="A is torch.float64"):
+    with pytest.raises(il.DtypeError, match=r"A is torch\.float64"):
         il.entropic_lp(c, A=A.double(), b=b)
     with pytest.raises(il.NonFiniteError, match=r"c\[1\] is nan"):
         il.entropic_lp(torch.tensor([0.0, math.nan, 0.0]), A=A, b=b)
-    with pytest.raises(ValueError, match="ub.* is nan"):
+    with pytest.raises(ValueError, match=r"ub.* is nan"):
         il.entropic_lp(c, A=A, b=b, ub=math.nan)
     with pytest.raises(ValueError, match="slack must be one of"):
         il.entropic_lp(c, A=A, b=b, slack="soft")

@@ -227,7 +227,7 @@ def test_negative_and_infinite_data_are_refused():
         il.sinkhorn(C, b, a)
     with pytest.raises(il.ShapeError, match="C must have shape"):
         il.sinkhorn(C[0], a, b)
-    with pytest.raises(il.DtypeError, match="a is torch.float64"):
+    with pytest.raises(il.DtypeError, match=r"a is torch\.float64"):
         il.sinkhorn(C.float(), a, b)
     with pytest.raises(il.ShapeError, match="temperature"):
         il.sinkhorn(C, a, b, temperature=torch.ones(6, 1, dtype=DOUBLE))

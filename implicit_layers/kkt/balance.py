@@ -154,6 +154,7 @@ class BalanceSolve(torch.autograd.Function):
 
     @staticmethod
     def forward(P: Tensor, r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve, unseen by autograd."""
         batch, (n, m) = P.shape[:-2], P.shape[-2:]
         size = batch.numel()
         u, v = Balance.of(P.reshape(size, n, m)).solve(r1.reshape(size, n), r2.reshape(size, m))
@@ -161,12 +162,15 @@ class BalanceSolve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep the matrix and the solution."""
         saved = (inputs[0], *output)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Solve once more, with the cotangent."""
+
         def work(P: Tensor, u: Tensor, v: Tensor, g1: Tensor, g2: Tensor) -> list[Tensor | None]:
             w1, w2 = BalanceSolve.apply(P, g1, g2)
             return [-_sum(w1, w2) * _sum(u, v), w1, w2]
@@ -176,6 +180,7 @@ class BalanceSolve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Solve once more, with the tangent of the right-hand side."""
         with transforms.forward_mode():
             P, u, v = transforms.primals(ctx.saved_tensors)
             d_P, d_1, d_2 = tangents
@@ -188,6 +193,7 @@ class BalanceSolve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *tensors: Tensor) -> tuple[Any, Any]:
+        """Take the mapped axis as one more batch dimension."""
         return BalanceSolve.apply(*transforms.map_to_front(info.batch_size, in_dims, tensors)), (0, 0)
 
 

@@ -88,6 +88,7 @@ class SchurSolve(torch.autograd.Function):
     def forward(
         E: Tensor, weight: Tensor, diagonal: Tensor, kept: Tensor, null: Tensor, weak: Tensor, right: Tensor
     ) -> Tensor:
+        """Solve, unseen by autograd."""
         if checks.host_bool(weak.any()):
             _warn_of_kinks(weak)
         batch, m, n = right.shape[:-1], right.shape[-1], weight.shape[-1]
@@ -98,12 +99,14 @@ class SchurSolve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep the matrix and the solution."""
         saved = (*inputs[:6], output)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Solve once more, with the cotangent."""
         needs_matrix = ctx.needs_input_grad[0]
 
         def work(*tensors: Tensor) -> list[Tensor | None]:
@@ -118,6 +121,7 @@ class SchurSolve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        """Solve once more, with the tangent of the right-hand side."""
         with transforms.forward_mode():
             E, weight, diagonal, kept, null, weak, w = transforms.primals(ctx.saved_tensors)
             d_E, d_weight, d_diagonal, _, _, _, d_right = tangents
@@ -134,6 +138,7 @@ class SchurSolve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, int]:
+        """Take the mapped axis as one more batch dimension."""
         return SchurSolve.apply(*transforms.map_to_front(info.batch_size, in_dims, tensors)), 0
 
 

@@ -14,7 +14,7 @@ from implicit_layers.solution import OnFailure, Solution, check_on_failure
 
 
 class EntropicLP(nn.Module):
-    r"""Scores to a point of a fixed polytope, c ↦ argmax_x ⟨c, x⟩ + τ H(x): MAXIMISED; see `implicit_layers.entropic_lp`.
+    r"""Scores to a point of a fixed polytope, c ↦ argmax_x ⟨c, x⟩ + τ H(x), MAXIMISED; see `entropic_lp`.
 
     Args:
         A, b, G, h, ub: the polytope A x = b, G x ≤ h, 0 ≤ x ≤ u. What is given as `nn.Parameter` is learned (keep it
@@ -31,6 +31,11 @@ class EntropicLP(nn.Module):
     tensor([0.1192, 0.8808])
     """
 
+    A: Tensor | None
+    b: Tensor | None
+    G: Tensor | None
+    h: Tensor | None
+    ub: Tensor | None
     log_temperature: nn.Parameter | None
 
     def __init__(

@@ -3,11 +3,11 @@ r"""Transport plans with given marginals: P = exp(L + φ ⊕ ψ) with P1 = a and
 Sinkhorn's scaling first, on a kernel into which the potentials are absorbed every few iterations, so that an iteration
 is two products and nothing under- or overflows. Where its rate of convergence says that this will take long, Newton on
 the semi-dual: with φ(ψ) that gives the rows their sums, ψ has the convex objective −⟨a, φ(ψ)⟩ − ⟨b, ψ⟩ with gradient
-Pᵀ1 − b and Hessian S = diag(c) − Pᵀ diag(1/a) P. Far from the answer it follows a path from L = 0, where P = a bᵀ/Σa, to L,
-one step back to the path and one along its tangent for each factorisation.
+Pᵀ1 − b and Hessian S = diag(c) − Pᵀ diag(1/a) P. Far from the answer it follows a path from L = 0, where P = a bᵀ/Σa,
+to L, one step back to the path and one along its tangent for each factorisation.
 
-Source: Sinkhorn & Knopp (1967); Schmitzer (2019), SIAM J. Sci. Comput. 41(3), for the absorption; Brauer, Clason, Lorenz
-& Wirth (2017), arXiv:1710.06635, for Newton.
+Source: Sinkhorn & Knopp (1967); Schmitzer (2019), SIAM J. Sci. Comput. 41(3), for the absorption; Brauer, Clason,
+Lorenz & Wirth (2017), arXiv:1710.06635, for Newton.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _NEWTON_FIXED, _NEWTON_SIZE = 15.0, 15.0  # a Newton step costs as much as 15 + 
 _NEAR, _STRAY = 0.3, 0.6  # relative errors between which the path is followed
 _LONGER, _SHORTER = 4.0, 0.3  # how the step along the path grows and shrinks
 _TRIALS = 30
+_IDLE = 20  # Newton steps without any gain after which rounding is all that is left
 _NEWTON_LIMIT = 500  # a problem that takes more Newton steps than this will not be solved
 
 
@@ -192,7 +193,8 @@ class Scaling:
                 | _contradicted(open_.mT, b, a, torch.zeros_like(a))
             )
         done = none | (budget <= 0)
-        steps = torch.zeros_like(iterations)
+        steps, idle = torch.zeros_like(iterations), torch.zeros_like(iterations)
+        best, farthest = error.clone(), gamma[:, 0].clone()
         while not checks.host_bool(done.all()):
             steps += ~done
             excess = b - plan.columns
@@ -240,15 +242,18 @@ class Scaling:
                 reach = torch.where(waiting.unsqueeze(-1) & shrinking, ahead.clamp(min=1e-6), reach)
             if forbidden:
                 none = none | (~done & (_contradicted(open_, a, b, newton) | _contradicted(open_, a, b, psi)))
-            done = done | none | (steps >= budget)
+            gained = (error < best) | (gamma[:, 0] > farthest)
+            idle = torch.where(gained, 0, idle + 1)
+            best, farthest = torch.minimum(best, error), gamma[:, 0]
+            done = done | none | (steps >= budget) | (idle >= _IDLE)
         return psi, iterations + steps, none
 
 
 def _contradicted(open_: Tensor, a: Tensor, b: Tensor, direction: Tensor) -> Tensor:  # (N,) bool
     """Whether some columns ask for more than the rows that may serve them have (Hall's condition fails).
 
-    For plans with Pᵢⱼ = 0 where not allowed, ⟨b, d⟩ = Σ Pᵢⱼdⱼ ≤ Σ aᵢ maxⱼ dⱼ over the allowed j; every set of columns of
-    largest d is asked as well.
+    A set of columns can get no more than the rows hold that may serve any of them. The sets that are asked are those of
+    the largest entries of a direction in which the semi-dual keeps falling.
     """
     found = torch.zeros_like(b[:, 0], dtype=torch.bool)
     spread = direction.amax(-1, keepdim=True) - direction.amin(-1, keepdim=True)

@@ -29,6 +29,7 @@ _WIDE = 1e100  # the largest scaling before the kernel is made again
 _NEWTON_FIXED, _NEWTON_SIZE = 15.0, 15.0  # a Newton step costs as much as 15 + (size of the smaller side)/15 iterations
 _NEAR, _STRAY = 0.3, 0.6  # relative errors between which the path is followed
 _LONGER, _SHORTER = 4.0, 0.3  # how the step along the path grows and shrinks
+_STEP = 20.0  # the largest change of a potential in one step: parts of a plan that hardly touch ask for any change
 _TRIALS = 30
 _IDLE = 20  # Newton steps without any gain after which rounding is all that is left
 _NEWTON_LIMIT = 500  # a problem that takes more Newton steps than this will not be solved
@@ -200,6 +201,8 @@ class Scaling:
             excess = b - plan.columns
             system = balance.Balance.of(plan.P)
             _, newton = system.solve(torch.zeros_like(a), excess, same_sums=True)
+            longest = newton.abs().amax(-1, keepdim=True)
+            newton = newton * torch.where(longest > _STEP, _STEP / torch.where(longest > _STEP, longest, 1.0), 1.0)
             following = (rho <= _NEAR).unsqueeze(-1) & (gamma < 1)
             turned = plan.P * flat
             turned = turned - plan.P * torch.where(a > 0, turned.sum(-1) / torch.where(a > 0, a, 1.0), 0.0).unsqueeze(

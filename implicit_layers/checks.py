@@ -22,6 +22,11 @@ def host_int(count: Tensor) -> int:
     return int(count)
 
 
+def host_float(value: Tensor) -> float:
+    """Read one number back from the device."""
+    return float(value)
+
+
 def integer(name: str, value: object) -> int:
     """`value` is an int (no bool), and returned as one.
 

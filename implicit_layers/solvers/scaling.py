@@ -31,6 +31,7 @@ _NEAR, _STRAY = 0.3, 0.6  # relative errors between which the path is followed
 _LONGER, _SHORTER = 4.0, 0.3  # how the step along the path grows and shrinks
 _STEP = 20.0  # the largest change of a potential in one step: parts of a plan that hardly touch ask for any change
 _TRIALS = 30
+_EXACT = 1e-14  # error that no step makes smaller
 _IDLE = 20  # Newton steps without any gain after which rounding is all that is left
 _NEWTON_LIMIT = 500  # a problem that takes more Newton steps than this will not be solved
 
@@ -67,6 +68,11 @@ def _plan(L: Tensor, a: Tensor, b: Tensor, psi: Tensor) -> _Plan:
     P = P.mul_(factor.unsqueeze(-1))
     phi = torch.where(there, torch.where(there, factor, 1.0).log() - top, 0.0)
     return _Plan(P, phi, P.sum(-2), -(a * phi).sum(-1) - (b * psi).sum(-1))
+
+
+def _taken(mask: Tensor, new: _Plan, old: _Plan) -> _Plan:
+    """The new plans where the mask is true."""
+    return _Plan(*(torch.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(new, old, strict=True)))
 
 
 def _error(plan: _Plan, a: Tensor, b: Tensor) -> Tensor:  # (N,)
@@ -111,8 +117,7 @@ class Scaling:
             some = L[index], a[index], b[index]
             better, steps, none = self._newton(*some, psi[index], iterations[index], forbidden)
             psi[index], iterations[index], infeasible[index] = better, steps, none
-        plan = _plan(L, a, b, psi)
-        residual = _error(plan, a, b)
+        plan, psi, residual = self._polished(L, a, b, psi)
         residual = torch.where(torch.isnan(residual), torch.inf, residual)
         status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.NOT_CONVERGED))
         status = torch.where(infeasible, int(Status.INFEASIBLE), status).to(torch.int8)
@@ -122,7 +127,7 @@ class Scaling:
 
     def _scale(self, L: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scale until all are done or the slowest had better go on with Newton: ψ, iterations, errors."""
-        columns = b > 0
+        columns, no_row, no_column = b > 0, (a <= 0).to(a.dtype), (b <= 0).to(b.dtype)
         smaller = L.shape[-1]
         step_cost = _NEWTON_FIXED + smaller / _NEWTON_SIZE
         psi = torch.zeros_like(b)
@@ -136,12 +141,12 @@ class Scaling:
             u, v = torch.ones_like(a), torch.ones_like(b)
             sums = plan.columns
             for _ in range(count):  # v first: the rows are exact, the columns are not
-                v = torch.where(sums > 0, b / sums, 1.0)
-                across = matvec(plan.P, v)
-                u = torch.where(across > 0, a / across, 1.0)
+                v = b / (sums + no_column)
+                u = a / (matvec(plan.P, v) + no_row)
                 sums = transposed_matvec(plan.P, u)
             used += count
             off = (v * sums - b).abs().sum(-1) / b.sum(-1).clamp(min=torch.finfo(b.dtype).tiny)
+            u, v = u + no_row, v + no_column
             usable = (
                 torch.isfinite(off) & ((v < _WIDE) & (v > 1 / _WIDE)).all(-1) & ((u < _WIDE) & (u > 1 / _WIDE)).all(-1)
             )
@@ -151,7 +156,7 @@ class Scaling:
             iterations += count * ~done
             error = torch.where(done, error, torch.where(usable, off, torch.inf))
             done = done | (error <= self.tol)
-            worst = float(error.max()) if len(error) else 0.0
+            worst = checks.host_float(error.max()) if len(error) else 0.0
             if worst <= self.tol:
                 break
             rate = (worst / before) ** (1 / count) if math.isfinite(before) and math.isfinite(worst) else None
@@ -166,6 +171,20 @@ class Scaling:
                     break
             plan = _plan(L, a, b, psi)
         return psi, iterations, error
+
+    def _polished(self, L: Tensor, a: Tensor, b: Tensor, psi: Tensor) -> tuple[_Plan, Tensor, Tensor]:
+        """One Newton step from the answer: its error, and that of the gradient, from the tolerance to its square."""
+        plan = _plan(L, a, b, psi)
+        error = _error(plan, a, b)
+        near = (error <= self.tol) & (error > _EXACT)
+        if not checks.host_bool(near.any()):
+            return plan, psi, error
+        _, step = balance.Balance.of(plan.P).solve(torch.zeros_like(a), b - plan.columns, same_sums=True)
+        moved = torch.where(torch.isfinite(step) & (b > 0), psi + step, psi)
+        there = _plan(L, a, b, moved)
+        closer = near & (_error(there, a, b) < error)
+        plan = _taken(closer, there, plan)
+        return plan, torch.where(closer.unsqueeze(-1), moved, psi), _error(plan, a, b)
 
     def _newton(
         self, L: Tensor, a: Tensor, b: Tensor, psi: Tensor, iterations: Tensor, forbidden: bool
@@ -228,12 +247,7 @@ class Scaling:
                 stop = waiting & good & (~fine | (new_error > 0.25 * error))
                 psi, gamma = torch.where(pick, moved, psi), torch.where(pick, further, gamma)
                 reach = torch.where(pick & (ahead > 0), _LONGER * ahead, reach)
-                plan = _Plan(
-                    *(
-                        torch.where(take.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-                        for x, y in zip(there, plan, strict=True)
-                    )
-                )
+                plan = _taken(take, there, plan)
                 rho, error = torch.where(take, new_rho, rho), torch.where(take, new_error, error)
                 done = done | stop
                 waiting = waiting & ~fine & ~done

@@ -329,7 +329,7 @@ class _Linear(NamedTuple):
         Near a vertex g − Eᵀw is many orders smaller than g. Whatever w₀ is taken out first, what is left to solve for
         is w − w₀, and is small too.
         """
-        first = self._solve(matvec(self.E, self.weight * g) + extra).detach()
+        first = self._solve(matvec(self.E, self.weight * g) + extra)
         left = g - transposed_matvec(self.E, first)
         second = self._solve(matvec(self.E, self.weight * left) + extra - self.slack * first)
         return first + second, left - transposed_matvec(self.E, second)

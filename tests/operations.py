@@ -152,7 +152,7 @@ def _entropic_lp(what: str, names: tuple[str, ...], slack: str = "hard") -> Oper
         make=make,
         call=lambda *tensors: (solve(*tensors).value,),
         events=tuple(POLYTOPE_EVENTS[name] for name in names),
-        syncs=(16, 8, 3),
+        syncs=(16, 8, 6),
         iterations=lambda *tensors: solve(*tensors).info.iterations,
     )
 
@@ -345,7 +345,7 @@ OPERATIONS = (
         _entropic_lp_layer,
         _entropic_lp_layer_state,
         4,
-        syncs=(16, 8, 3),
+        syncs=(16, 8, 6),
         iterations=lambda *tensors: torch.tensor(20),
     ),
     _module(

@@ -24,6 +24,7 @@ from implicit_layers.kkt import balance
 from implicit_layers.kkt.quadratic import matvec, transposed_matvec
 from implicit_layers.solution import Status
 
+_AIM = 1e-2  # of the tolerance: scaling goes on to this while it converges, for the sake of the gradient
 _ROUND = 10  # scaling iterations between two looks at the error
 _WIDE = 1e100  # the largest scaling before the kernel is made again
 _NEWTON_FIXED, _NEWTON_SIZE = 15.0, 15.0  # a Newton step costs as much as 15 + (size of the smaller side)/15 iterations
@@ -31,7 +32,6 @@ _NEAR, _STRAY = 0.3, 0.6  # relative errors between which the path is followed
 _LONGER, _SHORTER = 4.0, 0.3  # how the step along the path grows and shrinks
 _STEP = 20.0  # the largest change of a potential in one step: parts of a plan that hardly touch ask for any change
 _TRIALS = 30
-_EXACT = 1e-14  # error that no step makes smaller
 _IDLE = 20  # Newton steps without any gain after which rounding is all that is left
 _NEWTON_LIMIT = 500  # a problem that takes more Newton steps than this will not be solved
 
@@ -117,7 +117,8 @@ class Scaling:
             some = L[index], a[index], b[index]
             better, steps, none = self._newton(*some, psi[index], iterations[index], forbidden)
             psi[index], iterations[index], infeasible[index] = better, steps, none
-        plan, psi, residual = self._polished(L, a, b, psi)
+        plan = _plan(L, a, b, psi)
+        residual = _error(plan, a, b)
         residual = torch.where(torch.isnan(residual), torch.inf, residual)
         status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.NOT_CONVERGED))
         status = torch.where(infeasible, int(Status.INFEASIBLE), status).to(torch.int8)
@@ -135,7 +136,8 @@ class Scaling:
         error = torch.full_like(b[:, 0], torch.inf)
         used, before = 0, math.inf
         plan = _plan(L, a, b, psi)
-        done = error <= self.tol
+        aim = _AIM * self.tol
+        done = error <= aim
         while used < self.max_iter:
             count = min(_ROUND, self.max_iter - used)
             u, v = torch.ones_like(a), torch.ones_like(b)
@@ -155,9 +157,9 @@ class Scaling:
             psi = torch.where(columns & ~done.unsqueeze(-1), psi + growth.log(), psi)
             iterations += count * ~done
             error = torch.where(done, error, torch.where(usable, off, torch.inf))
-            done = done | (error <= self.tol)
+            done = done | (error <= aim)
             worst = checks.host_float(error.max()) if len(error) else 0.0
-            if worst <= self.tol:
+            if worst <= aim:
                 break
             rate = (worst / before) ** (1 / count) if math.isfinite(before) and math.isfinite(worst) else None
             before = worst
@@ -166,25 +168,13 @@ class Scaling:
             elif rate is None or rate >= 1:
                 break
             else:
-                missing = math.log(self.tol / worst) / math.log(rate)
+                missing = math.log(aim / worst) / math.log(rate)
+                if worst <= self.tol and missing > _ROUND:
+                    break
                 if missing > (4 if worst < 1e-2 else 8) * step_cost or missing > self.max_iter - used:
                     break
             plan = _plan(L, a, b, psi)
         return psi, iterations, error
-
-    def _polished(self, L: Tensor, a: Tensor, b: Tensor, psi: Tensor) -> tuple[_Plan, Tensor, Tensor]:
-        """One Newton step from the answer: its error, and that of the gradient, from the tolerance to its square."""
-        plan = _plan(L, a, b, psi)
-        error = _error(plan, a, b)
-        near = (error <= self.tol) & (error > _EXACT)
-        if not checks.host_bool(near.any()):
-            return plan, psi, error
-        _, step = balance.Balance.of(plan.P).solve(torch.zeros_like(a), b - plan.columns, same_sums=True)
-        moved = torch.where(torch.isfinite(step) & (b > 0), psi + step, psi)
-        there = _plan(L, a, b, moved)
-        closer = near & (_error(there, a, b) < error)
-        plan = _taken(closer, there, plan)
-        return plan, torch.where(closer.unsqueeze(-1), moved, psi), _error(plan, a, b)
 
     def _newton(
         self, L: Tensor, a: Tensor, b: Tensor, psi: Tensor, iterations: Tensor, forbidden: bool

@@ -91,8 +91,10 @@ def sinkhorn(
     checks.trailing_shape("b", b, (m,), f"to fit C with m = {m} columns")
     epsilon = checks.temperature("C", C, 2, temperature)
     checked = checks.readable(C, a, b)
+    plain = checked and checks.host_bool(C.detach().sum().isfinite())  # one pass; what is not finite is looked at
     if checked:
-        _check_costs(C)
+        if not plain:
+            _check_costs(C)
         checks.finite(a=a, b=b)
     tau = epsilon if isinstance(epsilon, Tensor) else torch.ones((), device=device)
     scale = tau if tau.ndim else tau.reshape(1, 1)
@@ -100,8 +102,11 @@ def sinkhorn(
     if checked:
         _check_marginals(a, b, dtype)
     zeros = not checked or checks.host_bool((a.detach() == 0).any() | (b.detach() == 0).any())
-    forbidden = C.detach() == torch.inf
-    L = (-(C.double().masked_fill(forbidden, 0.0)) / epsilon).masked_fill(forbidden, -torch.inf)
+    if plain:
+        L = C.double() / -epsilon
+    else:
+        forbidden = C.detach() == torch.inf
+        L = (C.double().masked_fill(forbidden, 0.0) / -epsilon).masked_fill(forbidden, -torch.inf)
     L, a, b = (x.double().expand(*batch, *x.shape[x.ndim - k :]) for x, k in ((L, 2), (a, 1), (b, 1)))
     settings = _Settings(Scaling(tol, max_iter), on_failure, checked, zeros, dtype)
     P, _, _, status, converged, iterations, residual = _differentiable(settings, L, a, b)

@@ -36,6 +36,7 @@ from implicit_layers.linalg import Cholesky as Cholesky
 from implicit_layers.linalg import Direct as Direct
 from implicit_layers.linalg import LeastSquares as LeastSquares
 from implicit_layers.losses import fenchel_young_loss as fenchel_young_loss
+from implicit_layers.polytope import entropic_lp as entropic_lp
 from implicit_layers.qp import solve_qp as solve_qp
 from implicit_layers.regularizers import Regularizer as Regularizer
 from implicit_layers.regularizers import register_regularizer as register_regularizer
@@ -55,6 +56,7 @@ from implicit_layers.solvers import GradientDescent as GradientDescent
 from implicit_layers.solvers import InteriorPoint as InteriorPoint
 from implicit_layers.solvers import Newton as Newton
 from implicit_layers.top_k import soft_top_k as soft_top_k
+from implicit_layers.transport import sinkhorn as sinkhorn
 from implicit_layers.tsallis import entmax as entmax
 from implicit_layers.tsallis import sparsemax as sparsemax
 from implicit_layers.unrolled import unroll as unroll

@@ -220,6 +220,57 @@ def _solve_qp(what: str, n: int, n_ineq: int, n_eq: int, *, bounds: bool = False
     )
 
 
+# --- entropy-regularised programs over polytopes, and transport plans -----------------------------------------------
+
+POLYTOPE_NAMES = ("c", "A", "b", "G", "h", "ub", "temperature")
+POLYTOPE_EVENTS = dict(zip(POLYTOPE_NAMES, (1, 2, 1, 2, 1, 1, 1), strict=True))
+
+
+def _polytope(batch: Batch, seed: int) -> dict[str, Tensor]:
+    """A polytope around a point, with every inequality well active or well slack."""
+    normal = _normal(seed)
+    point = torch.tensor([0.6, 0.3, 0.5, 0.4, 0.7], dtype=torch.float64)
+    rows = torch.tensor([[0.9, 0.2, 0.5, 0.6, 0.3], [0.1, 0.8, 0.4, 0.3, 0.7]], dtype=torch.float64)
+    A, G = rows + 0.05 * normal(*batch, 2, 5), torch.eye(2, 5, dtype=torch.float64) + 0.05 * normal(*batch, 2, 5)
+    return {
+        "c": 0.5 * normal(*batch, 5) + torch.tensor([3.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64),
+        "A": A,
+        "b": rows @ point + 0.02 * normal(*batch, 2),  # any b goes with any A: the gradients are tested one by one
+        "G": G,
+        "h": torch.tensor([0.6, 2.0], dtype=torch.float64) + 0.02 * normal(*batch, 2),
+        "ub": point + 1.5 + 0.1 * normal(*batch, 5).square(),
+        "temperature": 0.5 + 0.1 * normal(*batch, 1).square(),
+    }
+
+
+def _entropic_lp(what: str, names: tuple[str, ...], slack: str = "hard") -> Operation:
+    def solve(*tensors: Tensor) -> il.Solution:
+        return il.entropic_lp(**dict(zip(names, tensors, strict=True)), slack=slack)
+
+    def make(batch: Batch, seed: int) -> Tensors:
+        data = _polytope(batch, seed)
+        return tuple(data[name] for name in names)
+
+    return Operation(
+        name=f"il.entropic_lp{what}",
+        make=make,
+        call=lambda *tensors: (solve(*tensors).value,),
+        events=tuple(POLYTOPE_EVENTS[name] for name in names),
+        syncs=(16, 8, 6),
+        iterations=lambda *tensors: solve(*tensors).info.iterations,
+    )
+
+
+def _plan_data(batch: Batch, seed: int) -> Tensors:
+    normal = _normal(seed)
+    temperature = 0.3 + 0.1 * normal(*batch, 1, 1).square()
+    return normal(*batch, 3, 4).square(), normal(*batch, 3), normal(*batch, 4), temperature
+
+
+def _plan(C: Tensor, x: Tensor, y: Tensor, temperature: Tensor) -> il.Solution:
+    return il.sinkhorn(C, x.softmax(-1), y.softmax(-1), temperature=temperature)
+
+
 # --- the core: z = x + ¼ tanh(W z), and ridge-regularised logistic regression -----------------------------------------
 
 
@@ -269,18 +320,23 @@ def _fitted(X: Tensor, target: Tensor) -> il.Solution:
 
 
 def _module(
-    name: str, module: Callable[[], torch.nn.Module], state: Callable[[int], Tensors], width: int, **more: object
+    name: str,
+    module: Callable[[], torch.nn.Module],
+    state: Callable[[int], Tensors],
+    width: int | tuple[int, ...],
+    **more: object,
 ) -> Operation:
     held = module()
+    shape = (width,) if isinstance(width, int) else width
     names = [key for key, _ in held.named_parameters()]
 
     def make(batch: Batch, seed: int) -> Tensors:
-        return *state(seed), _normal(seed + 1000)(*batch, width)
+        return *state(seed), _normal(seed + 1000)(*batch, *shape)
 
     def call(*tensors: Tensor) -> Tensors:
         return (torch.func.functional_call(held, dict(zip(names, tensors[:-1], strict=True)), (tensors[-1],)),)
 
-    events = (*(parameter.ndim for parameter in held.parameters()), 1)
+    events = (*(parameter.ndim for parameter in held.parameters()), len(shape))
     batched = (*(False for _ in names), True)
     return Operation(name, make, call, events, batched, module, **more)  # type: ignore[arg-type]
 
@@ -307,6 +363,21 @@ def _softmax_layer() -> torch.nn.Module:
     return il.nn.Softmax(temperature=0.7, learn_temperature=True).double()
 
 
+def _entropic_lp_layer() -> torch.nn.Module:
+    A, b, _ = _entropic_lp_layer_state(0)
+    return il.nn.EntropicLP(A=torch.nn.Parameter(A), b=torch.nn.Parameter(b), temperature=0.7, learn_temperature=True)
+
+
+def _entropic_lp_layer_state(seed: int) -> Tensors:
+    A = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.2, 0.9, 0.4, 0.6]], dtype=torch.float64)
+    A = A + 0.02 * _normal(seed)(2, 4)
+    return A, torch.tensor([1.1, 0.6], dtype=torch.float64), torch.tensor(-0.3, dtype=torch.float64)
+
+
+def _sinkhorn_layer() -> torch.nn.Module:
+    return il.nn.Sinkhorn(temperature=0.7, learn_temperature=True).double()
+
+
 OPERATIONS = (
     _softmax("closed"),
     _softmax("newton"),
@@ -317,6 +388,17 @@ OPERATIONS = (
     _solve_qp(": equalities", 3, 0, 2),
     _solve_qp(": bounds", 3, 2, 1, bounds=True),
     _solve_qp(": linear program", 3, 1, 1, bounds=True, linear=True),
+    _entropic_lp("", ("c", "A", "b", "temperature")),
+    _entropic_lp(": inequalities", POLYTOPE_NAMES),
+    _entropic_lp(": entropic slack", POLYTOPE_NAMES, "entropic"),
+    Operation(
+        name="il.sinkhorn",
+        make=_plan_data,
+        call=lambda *tensors: (_plan(*tensors).value,),
+        events=(2, 1, 1, 2),
+        syncs=(12, 3, 3),
+        iterations=lambda *tensors: _plan(*tensors).info.iterations,
+    ),
     Operation(
         name="il.root",
         make=_affine,
@@ -405,5 +487,21 @@ OPERATIONS = (
         4,
         syncs=(3, 1, 0),
         iterations=lambda *tensors: torch.tensor(10),
+    ),
+    _module(
+        "nn.EntropicLP",
+        _entropic_lp_layer,
+        _entropic_lp_layer_state,
+        4,
+        syncs=(16, 8, 6),
+        iterations=lambda *tensors: torch.tensor(20),
+    ),
+    _module(
+        "nn.Sinkhorn",
+        _sinkhorn_layer,
+        lambda seed: (torch.tensor(-0.3, dtype=torch.float64),),
+        (3, 4),
+        syncs=(12, 3, 3),
+        iterations=lambda *tensors: torch.tensor(40),
     ),
 )

@@ -465,6 +465,7 @@ OPERATIONS = (
         syncs=(14, 2, 1),
         iterations=_qp_layer_iterations,
     ),
+    _module(
         "nn.Sparsemax",
         lambda: il.nn.Sparsemax(learn_temperature=True).double(),
         lambda seed: (torch.tensor(0.4, dtype=torch.float64),),

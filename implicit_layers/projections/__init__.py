@@ -1,5 +1,6 @@
 """Euclidean projections onto convex sets, differentiable in the point and in the parameters of the set."""
 
+from implicit_layers.projections.doubly_stochastic import birkhoff as birkhoff
 from implicit_layers.projections.isotone import isotonic as isotonic
 from implicit_layers.projections.permutations import permutahedron as permutahedron
 from implicit_layers.projections.sets import box as box

@@ -49,12 +49,13 @@ def permutahedron(x: Tensor, w: Tensor, dim: int = -1) -> Tensor:  # (*, n, *), 
 def onto_permutahedron(x: Tensor, w: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, n)
     """The projection for arguments that broadcast, the entries last."""
     x, w = torch.broadcast_tensors(x, w)
-    order = x.detach().argsort(-1, descending=True, stable=True)
+    order = x.detach().sort(dim=-1, descending=True, stable=True).indices
     s = x.gather(-1, order)
-    w = w.gather(-1, w.detach().argsort(-1, descending=True, stable=True))
+    w = w.gather(-1, w.detach().sort(dim=-1, descending=True, stable=True).indices)
+    s = s - s[..., :1].detach()  # the projection does not see a shift
     block = blocks((w - s).detach(), torch.ones_like(s))
     size = block_sums(torch.ones_like(s), block)
-    first = torch.searchsorted(block, block)  # s is descending: the first of a block is its largest
+    first = torch.searchsorted(block, block)
     gap = s - s.detach().gather(-1, first)  # subtracted first, so that nothing is lost where s is much larger than w
     y = gap + (block_sums(w, block) - block_sums(gap, block)) / size
     return y.gather(-1, order.argsort(-1))

@@ -1,6 +1,7 @@
 """Layers defined by a condition: the output solves a system, the gradient comes from the implicit function theorem."""
 
 from implicit_layers import nn as nn
+from implicit_layers import projections as projections
 from implicit_layers import testing as testing
 from implicit_layers.conditions import IFTReport as IFTReport
 from implicit_layers.conditions import check_ift as check_ift
@@ -35,8 +36,13 @@ from implicit_layers.krylov import Neumann as Neumann
 from implicit_layers.linalg import Cholesky as Cholesky
 from implicit_layers.linalg import Direct as Direct
 from implicit_layers.linalg import LeastSquares as LeastSquares
+from implicit_layers.lp import perturbed_argmax as perturbed_argmax
+from implicit_layers.lp import smoothed_lp as smoothed_lp
+from implicit_layers.lp import spo_plus_loss as spo_plus_loss
 from implicit_layers.qp import solve_qp as solve_qp
 from implicit_layers.simplex import softmax as softmax
+from implicit_layers.softsort import soft_rank as soft_rank
+from implicit_layers.softsort import soft_sort as soft_sort
 from implicit_layers.solution import QPSolution as QPSolution
 from implicit_layers.solution import Solution as Solution
 from implicit_layers.solution import SolveInfo as SolveInfo
@@ -47,6 +53,7 @@ from implicit_layers.solvers import FixedPointIteration as FixedPointIteration
 from implicit_layers.solvers import GradientDescent as GradientDescent
 from implicit_layers.solvers import InteriorPoint as InteriorPoint
 from implicit_layers.solvers import Newton as Newton
+from implicit_layers.solvers import SemismoothNewton as SemismoothNewton
 from implicit_layers.unrolled import unroll as unroll
 
 __version__ = "0.1.0"

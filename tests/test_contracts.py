@@ -118,6 +118,7 @@ def test_every_public_operation_has_a_row() -> None:
         "root_jvp": "the derivative of root itself",
     }
     functions = {f"il.{name}" for name, value in vars(il).items() if isinstance(value, types.FunctionType)}
+    functions |= {f"il.projections.{n}" for n, v in vars(il.projections).items() if isinstance(v, types.FunctionType)}
     modules = {f"nn.{name}" for name, value in vars(il.nn).items() if _is_ours(value)}
     expected = functions | modules
     assert expected - {f"il.{name}" for name in no_operations} == {op.public_name for op in OPERATIONS}

@@ -61,7 +61,7 @@ class Rows(NamedTuple):
 
     def back(self, y: Tensor) -> Tensor:
         """The answer in the caller's layout and dtype."""
-        y = y.movedim(-1, self.axis)
+        y = y if self.axis == -1 else y.movedim(-1, self.axis)
         return (y.squeeze(-1) if self.ndim == 0 and y.ndim == 1 else y).to(self.dtype)
 
 

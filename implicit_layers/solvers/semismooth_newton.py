@@ -56,7 +56,7 @@ class SemismoothNewton:
         checks.stopping(self.tol, self.max_iter)
 
     def solve(self, X: Tensor) -> tuple[Tensor, Tensor, SolveInfo]:  # (N, n, n) -> (N, n), (N, n)
-        """The duals u and v of the problems, and how it went; X is finite, centred (rows and columns of mean zero), and in float64."""
+        """The duals u and v, and how it went; X is finite, has rows and columns of mean zero, and is in float64."""
         spread = X.abs().amax((-2, -1)).unsqueeze(-1)
         rounding = torch.finfo(X.dtype).eps * X.shape[-1] * spread.squeeze(-1)
         scale = (_FIRST_SPREAD / spread.clamp(min=_FIRST_SPREAD)).clamp(min=torch.finfo(X.dtype).tiny)

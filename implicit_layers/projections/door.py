@@ -43,7 +43,7 @@ class Rows(NamedTuple):
             value = value.float()
         checks.floating_tensors(x=self.x, **{name: value})
         short = -self.axis - value.ndim
-        value = value[(None,) * max(short, 0)].movedim(self.axis, -1)
+        value = value.reshape((1,) * short + tuple(value.shape)).movedim(self.axis, -1)
         n, size = self.x.shape[-1], value.shape[-1]
         if size != 1 and not (entries and size == n):
             wanted = f"1 or {n}, one for each entry" if entries else "1: one for each point"
@@ -77,7 +77,7 @@ def rows(x: Tensor, dim: int) -> Rows:
     if not -ndim <= dim < ndim:
         raise ShapeError(f"dim must be in [{-ndim}, {ndim - 1}] for x of shape {tuple(x.shape)}, got {dim}")
     axis = dim if dim < 0 else dim - ndim
-    points = x.movedim(axis, -1) if x.ndim else x[None]
+    points = x.movedim(axis, -1) if x.ndim else x.unsqueeze(0)
     if points.shape[-1] == 0:
         raise ShapeError(f"x of shape {tuple(x.shape)} has no entries along dim={dim}; a point needs at least one")
     return Rows(points.float() if x.dtype in HALF else points, axis, x.ndim, x.dtype)

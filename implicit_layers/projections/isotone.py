@@ -65,7 +65,7 @@ def block_sums(x: Tensor, block: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, 
 def blocks(x: Tensor, w: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, n) int64
     """The number of the block of each entry of the nondecreasing regression of x."""
     y = _regression(x.to(torch.float64), w.to(torch.float64))
-    return torch.nn.functional.pad((y[..., 1:] != y[..., :-1]).cumsum(-1), (1, 0))
+    return torch.nn.functional.pad((y.diff(dim=-1) != 0).cumsum(-1), (1, 0))
 
 
 def _regression(x: Tensor, w: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, n)
@@ -81,22 +81,23 @@ def _regression(x: Tensor, w: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, n)
         pairs = (length // (2 * size), 2, size)
         x = _merged(x.unflatten(-1, pairs), w.unflatten(-1, pairs)).flatten(-3)
         size *= 2
-    return x[..., :n]
+    return x.narrow(-1, 0, n)
 
 
 def _merged(y: Tensor, w: Tensor) -> Tensor:  # (*B, 2, m), (*B, 2, m) -> (*B, 2, m)
     """One ordered piece from two: pool what is out of order where they meet."""
-    left, right = y[..., 0, :].flip(-1), y[..., 1, :]  # both start where they meet
-    w_left, w_right = w[..., 0, :].flip(-1), w[..., 1, :]
+    m = y.shape[-1]
+    left, right = y.select(-2, 0).flip(-1), y.select(-2, 1)  # both start where they meet
+    w_left, w_right = w.select(-2, 0).flip(-1), w.select(-2, 1)
     sum_left, sum_right = _from_zero(w_left * left), _from_zero(w_right * right)
     mass_left, mass_right = _from_zero(w_left), _from_zero(w_right)
-    # a left entry is pooled if, at its level v, what the right ones lack is more than what the left ones have above it
-    lower = torch.searchsorted(right.contiguous(), left.contiguous())
-    above = sum_left[..., 1:] - left * mass_left[..., 1:]
+    # a left entry is pooled if, at its level, the right ones lack more than the left ones have above it
+    lower = torch.searchsorted(packed(right), packed(left))
+    above = sum_left.narrow(-1, 1, m) - left * mass_left.narrow(-1, 1, m)
     below = left * mass_right.gather(-1, lower) - sum_right.gather(-1, lower)
     p = (above < below).sum(-1, keepdim=True)
     some_sum, some_mass = sum_left.gather(-1, p), mass_left.gather(-1, p)
-    mean = (some_sum + sum_right[..., :-1]) / (some_mass + mass_right[..., :-1])  # with q right entries, q = 0..m−1
+    mean = (some_sum + sum_right.narrow(-1, 0, m)) / (some_mass + mass_right.narrow(-1, 0, m))  # with q = 0..m−1
     q = (right < mean).sum(-1, keepdim=True)
     v = (some_sum + sum_right.gather(-1, q)) / (some_mass + mass_right.gather(-1, q))
     pooled = (p > 0) & (q > 0)
@@ -108,3 +109,8 @@ def _merged(y: Tensor, w: Tensor) -> Tensor:  # (*B, 2, m), (*B, 2, m) -> (*B, 2
 def _from_zero(t: Tensor) -> Tensor:
     """Sums of the first 0, 1, 2, ... entries."""
     return torch.nn.functional.pad(t.cumsum(-1), (1, 0))
+
+
+def packed(t: Tensor) -> Tensor:
+    """A contiguous copy; under vmap, `contiguous()` takes the layout of one element for that of all."""
+    return t.clone(memory_format=torch.contiguous_format)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from implicit_layers.errors import ArgumentTypeError
 from implicit_layers.projections.door import enforce, finite, rows
-from implicit_layers.projections.isotone import block_sums, blocks
+from implicit_layers.projections.isotone import block_sums, blocks, packed
 
 
 def permutahedron(x: Tensor, w: Tensor, dim: int = -1) -> Tensor:  # (*, n, *), (*, n, *) -> (*, n, *)
@@ -52,10 +52,10 @@ def onto_permutahedron(x: Tensor, w: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (
     order = x.detach().sort(dim=-1, descending=True, stable=True).indices
     s = x.gather(-1, order)
     w = w.gather(-1, w.detach().sort(dim=-1, descending=True, stable=True).indices)
-    s = s - s[..., :1].detach()  # the projection does not see a shift
+    s = s - s.detach().narrow(-1, 0, 1)  # the projection does not see a shift
     block = blocks((w - s).detach(), torch.ones_like(s))
     size = block_sums(torch.ones_like(s), block)
-    first = torch.searchsorted(block, block)
+    first = torch.searchsorted(packed(block), packed(block))
     gap = s - s.detach().gather(-1, first)  # subtracted first, so that nothing is lost where s is much larger than w
     y = gap + (block_sums(w, block) - block_sums(gap, block)) / size
     return y.gather(-1, order.argsort(-1))

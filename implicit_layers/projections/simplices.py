@@ -138,7 +138,7 @@ def _onto_capped_simplex(x: Tensor, k: Tensor, u: Tensor) -> Tensor:  # (*B, n),
     t, error = _capped_threshold(z.detach(), k.detach(), u.detach())
     y = z.detach() - t
     free = (y > error) & (y < u.detach() - error)
-    capped = ~free & (2 * y >= u.detach())
+    capped = (2 * y >= u.detach()) & free.logical_not()
     rest = k - torch.where(capped, u, 0.0).sum(-1, keepdim=True)  # for the free entries
     count = free.sum(-1, keepdim=True)
     excess = (torch.where(free, z, 0.0).sum(-1, keepdim=True) - rest) / count.clamp(min=1)
@@ -153,7 +153,7 @@ def _capped_threshold(z: Tensor, k: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     points, order = torch.cat([z, z - u], -1).sort(-1, descending=True)
     slopes = torch.where(order < z.shape[-1], 1.0, -1.0).to(z.dtype).cumsum(-1)  # entries that move, below each point
     gaps = -points.diff(dim=-1)
-    mass = torch.cat([torch.zeros_like(points[..., :1]), (slopes[..., :-1] * gaps).cumsum(-1)], -1)
+    mass = torch.nn.functional.pad((slopes.narrow(-1, 0, gaps.shape[-1]) * gaps).cumsum(-1), (1, 0))
     piece = ((mass < k).sum(-1, keepdim=True) - 1).clamp(min=0)
     start, filled, slope = (t.expand(*piece.shape[:-1], -1).gather(-1, piece) for t in (points, mass, slopes))
     t = start - (k - filled) / slope.clamp(min=1)
@@ -164,7 +164,7 @@ def _capped_threshold(z: Tensor, k: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 def _next_to_move(y: Tensor, u: Tensor, capped: Tensor) -> Tensor:
     """How a vertex shares a change of k: the mean of its two one-sided derivatives; it adds up to 1."""
     wide = u > 0
-    rising = _shares(y, ~capped & wide)  # the largest entry at zero is the next to leave it
+    rising = _shares(y, wide & capped.logical_not())  # the largest entry at zero is the next to leave it
     falling = _shares(u - y, capped & wide)  # the capped entry nearest to its cap is the next to leave it
     ways = rising.sum(-1, keepdim=True) + falling.sum(-1, keepdim=True)
     return (rising + falling) / ways.clamp(min=1)
@@ -172,6 +172,6 @@ def _next_to_move(y: Tensor, u: Tensor, capped: Tensor) -> Tensor:
 
 def _shares(height: Tensor, among: Tensor) -> Tensor:
     """Equal shares for the highest of the chosen entries; zeros if none is chosen."""
-    height = height.masked_fill(~among, -torch.inf)
+    height = height.masked_fill(among.logical_not(), -torch.inf)
     first = (height == height.amax(-1, keepdim=True)) & among
     return first / first.sum(-1, keepdim=True).clamp(min=1)

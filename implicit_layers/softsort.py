@@ -47,7 +47,7 @@ def soft_rank(
     points, tau = _scores(x, dim, temperature)
     sign = -1.0 if descending else 1.0
     ranks = torch.arange(1, points.x.shape[-1] + 1, dtype=points.x.dtype, device=points.x.device)
-    return points.back(onto_permutahedron(sign * points.x, tau * ranks) / tau)  # nothing is divided that may overflow
+    return points.back(onto_permutahedron(sign * points.x, ranks, tau))
 
 
 def soft_sort(

@@ -46,16 +46,16 @@ def permutahedron(x: Tensor, w: Tensor, dim: int = -1) -> Tensor:  # (*, n, *), 
     return points.back(onto_permutahedron(points.x, vertex))
 
 
-def onto_permutahedron(x: Tensor, w: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, n)
-    """The projection for arguments that broadcast, the entries last."""
-    x, w = torch.broadcast_tensors(x, w)
+def onto_permutahedron(x: Tensor, w: Tensor, tau: Tensor | float = 1.0) -> Tensor:  # (*B, n), (*B, n) -> (*B, n)
+    """The projection of x/τ, for arguments that broadcast, the entries last; x is not divided, which may overflow."""
+    x, w = torch.broadcast_tensors(x, w) if isinstance(tau, float) else torch.broadcast_tensors(x, w, tau)[:2]
     order = x.detach().sort(dim=-1, descending=True, stable=True).indices
     s = x.gather(-1, order)
     w = w.gather(-1, w.detach().sort(dim=-1, descending=True, stable=True).indices)
     s = s - s.detach().narrow(-1, 0, 1)  # the projection does not see a shift
-    block = blocks((w - s).detach(), torch.ones_like(s))
+    block = blocks((tau * w - s).detach(), torch.ones_like(s))
     size = block_sums(torch.ones_like(s), block)
     first = torch.searchsorted(packed(block), packed(block))
     gap = s - s.detach().gather(-1, first)  # subtracted first, so that nothing is lost where s is much larger than w
-    y = gap + (block_sums(w, block) - block_sums(gap, block)) / size
+    y = (gap - block_sums(gap, block) / size) / tau + block_sums(w, block) / size
     return y.gather(-1, order.argsort(-1))

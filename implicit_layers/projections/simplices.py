@@ -58,7 +58,9 @@ def _support(z: Tensor, r: Tensor) -> Tensor:  # (*B, n), (*B, 1) -> (*B, n) boo
     """The entries above the threshold: those at which Σ max(z − t, 0) has not reached r yet."""
     ordered = z.sort(-1, descending=True).values
     count = torch.arange(1, z.shape[-1], dtype=z.dtype, device=z.device)
-    mass = (count * -ordered.diff(dim=-1)).cumsum(-1)  # at the second largest entry, the third, ...
+    mass = (count * -ordered.diff(dim=-1)).cumsum(
+        -1, dtype=torch.float64
+    )  # at the second largest entry, the third, ...
     inside = (mass < r).sum(-1, keepdim=True)
     return z >= ordered.expand(*inside.shape[:-1], -1).gather(-1, inside)
 
@@ -121,12 +123,12 @@ def capped_simplex(
     u = points.parameter("cap", cap, entries=True)
     u = u.expand(*u.shape[:-1], points.x.shape[-1])
     most = u.detach().sum(-1, keepdim=True)
-    slack = 16 * torch.finfo(u.dtype).eps * most  # n caps of 0.1 do not add up to 0.1 n in floating point
+    most = most * (1 + 16 * torch.finfo(u.dtype).eps)  # n caps of 0.1 do not add up to 0.1 n in floating point
+    every_k, most = torch.broadcast_tensors(total.detach(), most)
     enforce(
         finite("x", points.x),
         Rule("cap", u, lambda v: (v >= 0) & v.isfinite(), "must be finite and not negative"),
-        Rule("k", total, lambda v: (v >= 0) & v.isfinite(), "must be finite and not negative"),
-        Rule("sum of cap minus k", most - total.detach() + slack, lambda v: v >= 0, "must not be negative"),
+        Rule("k", every_k, lambda v: (v >= 0) & (v <= most), "must be between 0 and the sum of the caps"),
     )
     return points.back(_onto_capped_simplex(points.x, total, u))
 
@@ -135,14 +137,15 @@ def _onto_capped_simplex(x: Tensor, k: Tensor, u: Tensor) -> Tensor:  # (*B, n),
     """Shift the free entries by −t; u for the capped ones, 0 elsewhere."""
     top = x.detach().amax(-1, keepdim=True)
     z = x - top
-    t, error = _capped_threshold(z.detach(), k.detach(), u.detach())
-    y = z.detach() - t
-    free = (y > error) & (y < u.detach() - error)
-    capped = (2 * y >= u.detach()) & free.logical_not()
+    plain, caps = z.detach().double(), u.detach().double()  # to tell apart what is near a bound and what is at it
+    t, error = _capped_threshold(plain, k.detach().double(), caps)
+    y = plain - t
+    free = (y > error) & (y < caps - error)
+    capped = (2 * y >= caps) & free.logical_not()
     rest = k - torch.where(capped, u, 0.0).sum(-1, keepdim=True)  # for the free entries
     count = free.sum(-1, keepdim=True)
     excess = (torch.where(free, z, 0.0).sum(-1, keepdim=True) - rest) / count.clamp(min=1)
-    at_vertex = torch.where(capped, u, 0.0) + _next_to_move(y, u.detach(), capped) * rest
+    at_vertex = torch.where(capped, u, 0.0) + _next_to_move(y, caps, capped).to(x.dtype) * rest
     bound = torch.where(count > 0, torch.where(capped, u, 0.0), at_vertex)
     return kept_within(torch.where(free, z - excess, bound + (top - top)), 0.0, u)
 
@@ -174,4 +177,4 @@ def _shares(height: Tensor, among: Tensor) -> Tensor:
     """Equal shares for the highest of the chosen entries; zeros if none is chosen."""
     height = height.masked_fill(among.logical_not(), -torch.inf)
     first = (height == height.amax(-1, keepdim=True)) & among
-    return first / first.sum(-1, keepdim=True).clamp(min=1)
+    return first.double() / first.sum(-1, keepdim=True).clamp(min=1)

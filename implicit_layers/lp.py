@@ -124,13 +124,7 @@ def perturbed_argmax(
     >>> bool((y - x.softmax(-1)).abs().max() < 0.01)
     True
     """
-    if not callable(solver):
-        raise ArgumentTypeError(f"perturbed_argmax: solver must be callable, got {type(solver).__name__}")
-    if noise not in _NOISES:
-        raise ArgumentError(f"noise must be one of {_NOISES}, got {noise!r}")
-    checks.whole("samples", samples, least=1)
-    if not isinstance(generator, (torch.Generator, type(None))):
-        raise ArgumentTypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    check_sampling(solver, samples, noise, generator, event_ndim)
     work, spread = _scores(x, sigma, event_ndim)
 
     def answers(scores: Tensor, spread: Tensor) -> tuple[Tensor, ...]:
@@ -147,10 +141,30 @@ def perturbed_argmax(
     return (mean + (apart * (weight - 1)).mean(0)).to(x.dtype)
 
 
+def check_sampling(solver: object, samples: object, noise: object, generator: object, event_ndim: object) -> None:
+    """Refuse settings of `perturbed_argmax` that cannot work."""
+    if not callable(solver):
+        raise ArgumentTypeError(f"perturbed_argmax: solver must be callable, got {type(solver).__name__}")
+    if noise not in _NOISES:
+        raise ArgumentError(f"noise must be one of {_NOISES}, got {noise!r}")
+    checks.whole("samples", samples, least=1)
+    checks.whole("event_ndim", event_ndim, least=1)
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise ArgumentTypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+
+
+def check_loss(solver: object, reduction: object, event_ndim: object) -> None:
+    """Refuse settings of `spo_plus_loss` that cannot work."""
+    if not callable(solver):
+        raise ArgumentTypeError(f"spo_plus_loss: solver must be callable, got {type(solver).__name__}")
+    if reduction not in _REDUCTIONS:
+        raise ArgumentError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
+    checks.whole("event_ndim", event_ndim, least=1)
+
+
 def _scores(x: Tensor, sigma: Tensor | float, event_ndim: int) -> tuple[Tensor, Tensor]:
     """Scores and spread in the dtype of the computation, of one shape."""
     checks.floating_tensors(x=x)
-    checks.whole("event_ndim", event_ndim, least=1)
     if x.ndim < event_ndim:
         raise ShapeError(f"x must have at least event_ndim={event_ndim} dimensions, got shape {tuple(x.shape)}")
     work = x.float() if x.dtype in HALF else x
@@ -201,9 +215,9 @@ def spo_plus_loss(
     solver: Callable[[Tensor], Tensor],
     *,
     solution: Tensor | None = None,
-    reduction: Reduction = "mean",
+    reduction: Reduction = "none",
     event_ndim: int = 1,
-) -> Tensor:  # (), or (*B) with reduction="none"
+) -> Tensor:  # (*B), or () if reduced
     r"""Score predicted costs by the decisions they lead to: smart "predict, then optimise" plus.
 
     The regret ⟨c, w(ĉ)⟩ − ⟨c, w(c)⟩ of deciding by predicted costs ĉ, with w(c) = argmin_w ⟨c, w⟩ over the feasible
@@ -218,7 +232,7 @@ def spo_plus_loss(
         solver: costs of shape (*B, n) to solutions of that shape, by minimising. It is never differentiated and may
             leave PyTorch; it must treat every leading dimension as a batch.
         solution: w(c), if it is known; it saves one of two calls of the solver.
-        reduction: "mean" or "sum" over the problems, or "none".
+        reduction: "none", or "mean" or "sum" over the problems.
         event_ndim: the number of axes of one problem: 2 for matrices of costs.
 
     Returns:  the loss, in the dtype of `predicted`.
@@ -237,11 +251,7 @@ def spo_plus_loss(
     >>> loss.item(), predicted.grad
     (3.0, tensor([-2.,  2.]))
     """
-    if not callable(solver):
-        raise ArgumentTypeError(f"spo_plus_loss: solver must be callable, got {type(solver).__name__}")
-    if reduction not in _REDUCTIONS:
-        raise ArgumentError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
-    checks.whole("event_ndim", event_ndim, least=1)
+    check_loss(solver, reduction, event_ndim)
     given = {"predicted": predicted, "true": true} | ({} if solution is None else {"solution": solution})
     checks.floating_tensors(**given)
     checks.batch_shape(**{name: (tensor, event_ndim) for name, tensor in given.items()})

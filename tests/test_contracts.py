@@ -116,12 +116,14 @@ def test_every_public_operation_has_a_row() -> None:
         "check_ift": "a report",
         "root_vjp": "the derivative of root itself",
         "root_jvp": "the derivative of root itself",
+        "nn.PerturbedArgmax": "draws other noise each time; its function has a row",
+        "nn.SPOPlusLoss": "a loss of two inputs; its function has a row",
     }
     functions = {f"il.{name}" for name, value in vars(il).items() if isinstance(value, types.FunctionType)}
     functions |= {f"il.projections.{n}" for n, v in vars(il.projections).items() if isinstance(v, types.FunctionType)}
     modules = {f"nn.{name}" for name, value in vars(il.nn).items() if _is_ours(value)}
     expected = functions | modules
-    assert expected - {f"il.{name}" for name in no_operations} == {op.public_name for op in OPERATIONS}
+    assert expected - {f"il.{name}" for name in no_operations} - set(no_operations) == {op.public_name for op in OPERATIONS}
 
 
 def _is_ours(value: object) -> bool:

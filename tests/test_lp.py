@@ -231,22 +231,22 @@ def by_enumeration(predicted, true):
 
 def test_the_loss_is_its_formula_above_the_regret_and_zero_for_the_truth():
     predicted, true = draw(100, 5), draw(100, 5, seed=1)
-    loss = il.spo_plus_loss(predicted, true, lowest, reduction="none")
+    loss = il.spo_plus_loss(predicted, true, lowest)
     close(loss, by_enumeration(predicted, true))
     assert bool((loss >= regret(predicted, true) - 1e-12).all()) and bool((loss >= -1e-12).all())
-    close(il.spo_plus_loss(true, true, lowest, reduction="none"), torch.zeros(100).double())
-    close(il.spo_plus_loss(predicted, true, lowest), loss.mean())
+    close(il.spo_plus_loss(true, true, lowest), torch.zeros(100).double())
+    close(il.spo_plus_loss(predicted, true, lowest, reduction="mean"), loss.mean())
     close(il.spo_plus_loss(predicted, true, lowest, reduction="sum"), loss.sum())
 
 
 def test_the_gradient_is_the_subgradient_of_a_convex_function_where_that_of_the_regret_is_zero():
     predicted, true, other = (draw(50, 5, seed=s) for s in (0, 1, 2))
     predicted.requires_grad_()
-    loss = il.spo_plus_loss(predicted, true, lowest, reduction="none")
+    loss = il.spo_plus_loss(predicted, true, lowest)
     (g,) = torch.autograd.grad(loss.sum(), predicted)
     close(g, 2 * (lowest(true) - lowest(2 * predicted.detach() - true)).double())
     below = loss + (g * (other - predicted)).sum(-1)
-    assert bool((il.spo_plus_loss(other, true, lowest, reduction="none") >= below - 1e-12).all())
+    assert bool((il.spo_plus_loss(other, true, lowest) >= below - 1e-12).all())
     assert not regret(predicted, true).requires_grad
 
 
@@ -258,12 +258,12 @@ def test_a_known_solution_saves_a_call_and_shapes_broadcast():
         return lowest(costs)
 
     predicted, true = draw(4, 5), draw(5, seed=1)
-    loss = il.spo_plus_loss(predicted, true, counted, reduction="none")
+    loss = il.spo_plus_loss(predicted, true, counted)
     assert calls == [(4, 5), (4, 5)]
-    close(il.spo_plus_loss(predicted, true, counted, solution=lowest(true).double(), reduction="none"), loss)
+    close(il.spo_plus_loss(predicted, true, counted, solution=lowest(true).double()), loss)
     assert len(calls) == 3
     matrices = il.spo_plus_loss(predicted, predicted, lambda c: lowest(c.flatten(-2)).reshape(c.shape), event_ndim=2)
-    assert matrices.shape == ()
+    assert matrices.shape == () and matrices == 0
 
 
 def test_learning_with_the_loss_decides_better_than_it_started():
@@ -273,7 +273,7 @@ def test_learning_with_the_loss_decides_better_than_it_started():
     optimiser = torch.optim.SGD([weight], lr=0.1)
     for _ in range(60):
         optimiser.zero_grad()
-        il.spo_plus_loss(features @ weight, costs, lowest).backward()
+        il.nn.SPOPlusLoss(lowest)(features @ weight, costs).backward()
         optimiser.step()
     start = regret(torch.zeros(200, 6).double(), costs).mean()
     assert regret((features @ weight).detach(), costs).mean() < 0.05 * start
@@ -295,3 +295,20 @@ def test_spo_plus_loss_refuses(settings, error, message):
     arguments = {"predicted": torch.zeros(2, 3), "true": torch.ones(3), "solver": lowest} | settings
     with pytest.raises(error, match=message):
         il.spo_plus_loss(**arguments)
+
+
+def test_the_modules_call_the_functions():
+    layer = il.nn.PerturbedArgmax(highest, sigma=0.3, samples=9, noise="gumbel")
+    x = draw(2, 3)
+    torch.manual_seed(0)
+    y = layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(y, il.perturbed_argmax(x, highest, sigma=0.3, samples=9, noise="gumbel"))
+    assert repr(layer) == "PerturbedArgmax(sigma=0.3, samples=9, noise='gumbel', event_ndim=1)"
+    loss = il.nn.SPOPlusLoss(lowest)
+    close(loss(x, x + 1), il.spo_plus_loss(x, x + 1, lowest).mean())
+    close(loss(x, x + 1, lowest(x).double()), loss(x, x + 1))
+    assert repr(loss) == "SPOPlusLoss(reduction='mean', event_ndim=1)"
+    for wrong in (lambda: il.nn.PerturbedArgmax(3), lambda: il.nn.SPOPlusLoss(lowest, reduction="avg")):
+        with pytest.raises((ArgumentError, ArgumentTypeError)):
+            wrong()

@@ -123,7 +123,8 @@ def test_every_public_operation_has_a_row() -> None:
     functions |= {f"il.projections.{n}" for n, v in vars(il.projections).items() if isinstance(v, types.FunctionType)}
     modules = {f"nn.{name}" for name, value in vars(il.nn).items() if _is_ours(value)}
     expected = functions | modules
-    assert expected - {f"il.{name}" for name in no_operations} - set(no_operations) == {op.public_name for op in OPERATIONS}
+    without_a_row = {f"il.{name}" for name in no_operations} | set(no_operations)
+    assert expected - without_a_row == {op.public_name for op in OPERATIONS}
 
 
 def _is_ours(value: object) -> bool:

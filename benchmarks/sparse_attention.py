@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sparse_attention [--quick]`: a small transformer that predicts the next letter, three attentions.
+"""`python -m benchmarks.sparse_attention [--quick]`: a small transformer on letters, with three kinds of attention.
 
 The text is real and everywhere: the language reference that Python carries for `help()`. The same model is trained with
 softmax, entmax (α = 1.5) and sparsemax attention. Scores: bits a letter on text it has not seen, how many attention

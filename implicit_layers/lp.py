@@ -75,6 +75,8 @@ def smoothed_lp(
     tau = points.parameter("temperature", temperature)
     enforce(positive("temperature", tau))
     Q = torch.eye(c.shape[-1], dtype=points.x.dtype, device=c.device)
+    if c.dtype in HALF:
+        A, b, G, h = (t.float() if isinstance(t, Tensor) and t.dtype in HALF else t for t in (A, b, G, h))
     solution = solve_qp(Q, -points.x / tau, A=A, b=b, G=G, h=h, solver=solver, on_failure=on_failure)
     return Solution(solution.z.to(c.dtype), solution.info)
 

@@ -73,6 +73,13 @@ def test_cooled_down_it_reaches_the_vertex_of_the_linear_program(seed):
     close(y, best, 1e-6)
 
 
+def test_half_precision_computes_in_float32():
+    c = draw(3, 4).half()
+    y = il.smoothed_lp(c, **{name: t.half() for name, t in SIMPLEX.items()}).value
+    assert y.dtype == torch.float16
+    close(y.float(), il.projections.simplex(c.float()), 1e-3)
+
+
 def test_smoothed_lp_refuses():
     with pytest.raises(ArgumentError, match=r"temperature.* must be positive"):
         il.smoothed_lp(draw(4), temperature=0.0, **SIMPLEX)

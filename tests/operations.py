@@ -316,6 +316,142 @@ def _fitted(X: Tensor, target: Tensor) -> il.Solution:
     return il.argmin(_logistic, X.new_zeros(*batch, X.shape[-1]), X, target)
 
 
+# --- projections, soft order, linear programs -------------------------------------------------------------------------
+
+
+def _projection(name: str, make: Callable[..., Tensors], call: Callable[..., Tensor], **more: object) -> Operation:
+    """A row whose inputs are drawn by `make(normal, batch)`, all of vectors unless it says otherwise."""
+    events = tuple(x.ndim for x in make(_normal(0), ()))
+    plain = {"fullgraph": True, "fake_cuda": True, "syncs": (1, 0, 0)}
+    return Operation(
+        name=name,
+        make=lambda batch, seed: make(_normal(seed), batch),
+        call=lambda *inputs: (call(*inputs),),
+        events=events,
+        **(plain | more),  # type: ignore[arg-type]
+    )
+
+
+def _bounds(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return normal(*batch, 4), -0.5 - normal(*batch, 4).square(), 0.5 + normal(*batch, 4).square()
+
+
+def _ball(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return 2 * normal(*batch, 4), 0.5 + normal(*batch, 1).square()
+
+
+def _plane(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return normal(*batch, 4), normal(*batch, 4), normal(*batch, 1)
+
+
+def _capped(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return normal(*batch, 5), 0.5 + normal(*batch, 1).sigmoid(), 0.4 + 0.5 * normal(*batch, 5).sigmoid()
+
+
+def _weighted(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return normal(*batch, 5), 0.5 + normal(*batch, 5).square()
+
+
+def _order(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return normal(*batch, 5), 0.2 + normal(*batch, 1).sigmoid()
+
+
+def _smoothed(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    A, G, inside = normal(*batch, 1, 4), normal(*batch, 3, 4), normal(*batch, 4)
+    b, h = (A @ inside.unsqueeze(-1)).squeeze(-1), (G @ inside.unsqueeze(-1)).squeeze(-1) + normal(*batch, 3).sigmoid()
+    return normal(*batch, 4), A, b, G, h, 0.5 + normal(*batch, 1).sigmoid()
+
+
+def _smoothed_lp(c: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, temperature: Tensor) -> il.Solution:
+    return il.smoothed_lp(c, A=A, b=b, G=G, h=h, temperature=temperature)
+
+
+def _one_hot(index: Tensor, n: int) -> Tensor:
+    return (index.unsqueeze(-1) == torch.arange(n, device=index.device)).double()
+
+
+def _perturbed(x: Tensor, sigma: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return il.perturbed_argmax(x, lambda scores: _one_hot(scores.argmax(-1), 4), sigma=sigma, samples=50)
+
+
+NOISY = "an unbiased estimate from its own samples, which is not the derivative of the mean of these samples"
+PROJECTIONS = (
+    _projection("il.projections.box", _bounds, lambda x, lb, ub: il.projections.box(x, lb=lb, ub=ub)),
+    _projection("il.projections.l2_ball", _ball, lambda x, r: il.projections.l2_ball(x, radius=r)),
+    _projection("il.projections.l1_ball", _ball, lambda x, r: il.projections.l1_ball(x, radius=r)),
+    _projection("il.projections.simplex", _ball, lambda x, r: il.projections.simplex(x, radius=r)),
+    _projection(
+        "il.projections.capped_simplex", _capped, lambda x, k, cap: il.projections.capped_simplex(x, k, cap=cap)
+    ),
+    _projection("il.projections.half_space", _plane, lambda x, a, b: il.projections.half_space(x, normal=a, offset=b)),
+    _projection("il.projections.hyperplane", _plane, lambda x, a, b: il.projections.hyperplane(x, normal=a, offset=b)),
+    _projection("il.projections.isotonic", _weighted, lambda x, w: il.projections.isotonic(x, weight=w)),
+    _projection("il.projections.permutahedron", _weighted, il.projections.permutahedron),
+    _projection(
+        "il.projections.birkhoff",
+        lambda normal, batch: (normal(*batch, 3, 3),),
+        il.projections.birkhoff,
+        fullgraph=False,
+        fake_cuda=False,
+        syncs=(3, 3, 0),
+        iterations=lambda X: torch.tensor(12),
+    ),
+    _projection("il.soft_rank", _order, lambda x, tau: il.soft_rank(x, temperature=tau)),
+    _projection("il.soft_sort", _order, lambda x, tau: il.soft_sort(x, temperature=tau)),
+    _projection(
+        "il.smoothed_lp",
+        _smoothed,
+        lambda *inputs: _smoothed_lp(*inputs).value,
+        fullgraph=False,
+        fake_cuda=False,
+        syncs=(16, 2, 1),
+        iterations=lambda *inputs: _smoothed_lp(*inputs).info.iterations,
+    ),
+    _projection(
+        "il.spo_plus_loss",
+        lambda normal, batch: (normal(*batch, 4), normal(*batch, 4)),
+        lambda predicted, true: il.spo_plus_loss(
+            predicted, true, lambda costs: _one_hot(costs.argmin(-1), 4), reduction="none"
+        ),
+        fullgraph=False,
+        fake_cuda=False,
+    ),
+    _projection(
+        "il.perturbed_argmax",
+        lambda normal, batch: (normal(*batch, 4), 0.5 + normal(*batch, 1).square()),
+        _perturbed,
+        fullgraph=False,
+        fake_cuda=False,
+        exceptions=dict.fromkeys(
+            (
+                "`gradcheck`",
+                "`gradgradcheck`",
+                "forward mode, and over reverse",
+                "batched gradients (`is_grads_batched`)",
+                "`jvp`",
+                "`jacrev`",
+                "`jacfwd`",
+                "`jacrev(jacrev)`",
+                "`jacfwd(jacrev)`, `hessian`",
+                "`jacrev(jacfwd)`",
+                "`jacfwd(jacfwd)`",
+            ),
+            NOISY,
+        )
+        | dict.fromkeys(
+            (
+                "`vmap(grad)`, per-sample gradients",
+                "`vmap(jacrev)`, `vmap(jacfwd)`",
+                "several leading dimensions = loop over the elements",
+            ),
+            "every problem of a batch has noise of its own",
+        )
+        | {"float32 is close to float64 and stays float32": "PyTorch draws other numbers in float32"},
+    ),
+)
+
+
 # --- modules --------------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +512,23 @@ def _entropic_lp_layer_state(seed: int) -> Tensors:
 
 def _sinkhorn_layer() -> torch.nn.Module:
     return il.nn.Sinkhorn(temperature=0.7, learn_temperature=True).double()
+
+
+def _projection_layer() -> torch.nn.Module:
+    normal, offset = (torch.nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (4, 1))
+    return il.nn.Projection(il.projections.half_space, normal=normal, offset=offset)
+
+
+def _soft_order(kind: type[torch.nn.Module]) -> Operation:
+    return _module(
+        f"nn.{kind.__name__}",
+        lambda: kind(temperature=0.7, learn_temperature=True).double(),
+        lambda seed: (torch.tensor(-0.3, dtype=torch.float64),),
+        4,
+        fullgraph=True,
+        fake_cuda=True,
+        syncs=(1, 0, 0),
+    )
 
 
 OPERATIONS = (
@@ -505,4 +658,16 @@ OPERATIONS = (
         syncs=(12, 3, 3),
         iterations=lambda *tensors: torch.tensor(40),
     ),
+    *PROJECTIONS,
+    _module(
+        "nn.Projection",
+        _projection_layer,
+        lambda seed: (_normal(seed)(4), _normal(seed + 1)(1)),
+        4,
+        fullgraph=True,
+        fake_cuda=True,
+        syncs=(1, 0, 0),
+    ),
+    _soft_order(il.nn.SoftRank),
+    _soft_order(il.nn.SoftSort),
 )

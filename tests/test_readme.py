@@ -46,9 +46,9 @@ def test_every_extra_that_is_named_exists():
     assert named and named <= extras
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bil\.((?:nn\.|testing\.)?\w+)", README))))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bil\.((?:nn\.|testing\.|projections\.)?\w+)", README))))
 def test_every_public_name_that_is_named_exists(name):
-    assert callable(attrgetter(name)(il)) or name in ("nn", "testing")
+    assert callable(attrgetter(name)(il)) or name in ("nn", "testing", "projections")
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)", README))))

@@ -26,7 +26,7 @@ def arguments(n: int = 5, n_ineq: int = 4, n_eq: int = 2, batch: tuple[int, ...]
 
 
 # --- qpth's own expectations ----------------------------------------------------------------------------------------
-# Its test draws L, G, A, p, z_true = N with n = 10, Q = L Lᵀ, z0 = N, h = G z0 + U, b = A z0, scales Q, G, A by 1 or 100,
+# Its test draws L, G, A, p, z_true, z0 = N with n = 10, Q = L Lᵀ, h = G z0 + U, b = A z0, scales Q, G, A by 1 or 100,
 # takes the loss ½‖z − z_true‖², and allows rtol 1e-4, atol 1e-2. The scheme is kept here, the tolerance is not.
 
 CASES = {"p": (2, 3, 100.0), "G": (0, 3, 1.0), "h": (0, 3, 1.0), "A": (3, 1, 100.0), "b": (3, 1, 100.0)}

@@ -1,7 +1,7 @@
 """What layers for quadratic programs do with bad input: `python -m benchmarks.bad_inputs [--quick] [--out FOLDER]`.
 
-Twelve kinds, each a few numbers large, given with default settings to every layer that is installed. The table says what
-comes back. A solvable program must be solved and an unsolvable one refused; the worst is a wrong answer in silence.
+Twelve kinds, each a few numbers large, given with default settings to every layer that is installed. The table says
+what comes back. A solvable program must be solved and an unsolvable one refused; worst is a wrong answer in silence.
 Every layer runs in a process of its own, so that a crash is a result as well.
 """
 

@@ -142,7 +142,7 @@ def test_d4_an_infinite_h_is_a_row_that_is_not_there() -> None:
     torch.testing.assert_close(z[0], il.solve_qp(Q[0], p[0], G=G[0, [0, 2]], h=h[0, [0, 2]]).z)
     torch.testing.assert_close(z[1], il.solve_qp(Q[1], p[1], G=G[1], h=h[1]).z)
     theirs = qpth(Q, p, G, free, NONE, NONE)
-    assert theirs is None or theirs.isnan().all()  # the neighbour too
+    assert theirs is None or theirs[0].isnan().all()
 
 
 # --- D5: qpth's second derivatives fail with an obscure error, or are silently wrong ----------------------------------
@@ -237,7 +237,7 @@ def test_d16_transforms_work() -> None:
 def test_d9_both_modes_sum() -> None:
     Q, p, _, _, G, h, *_ = random_qp(3, 2, active=1.0, seed=9)
     costs = p + 0.01 * torch.randn(4, 3, dtype=torch.float64)
-    for mode in ("error", "nearest"):
+    for mode in ("raise", "nearest"):
         leaf = G.clone().requires_grad_()
         (summed,) = torch.autograd.grad(il.solve_qp(Q, costs, G=leaf, h=h, infeasible=mode).z.sum(), leaf)
         single = [

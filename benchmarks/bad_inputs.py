@@ -160,7 +160,7 @@ def judge(case: Case, solve: Callable[[Case], Tensor]) -> dict[str, Any]:
             first = str(error).strip().splitlines()[0] if str(error).strip() else ""
             row = {"outcome": _outcome_of_error(case, error), "said": f"{type(error).__name__}: {first}"[:160]}
         else:
-            told = any("did not" in str(w.message) or "no feasible" in str(w.message) for w in warned)
+            told = any(w.category.__name__ == "ConvergenceWarning" for w in warned)
             row = {"outcome": _outcome(case, z.detach(), gradient, told), "returned": _short(z.detach())}
     loud = [f"warns: {type(w.message).__name__}" for w in warned if issubclass(w.category, UserWarning)]
     loud += ["prints"] if printed.getvalue().strip() else []

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import io
 import math
 import multiprocessing
@@ -22,6 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+import implicit_layers
+from benchmarks.contenders import installed
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = 60.0  # for one input
@@ -75,9 +77,7 @@ def cases() -> list[Case]:
 
 
 def ours(case: Case, on_failure: str = "raise") -> Tensor:
-    import implicit_layers as il
-
-    return il.solve_qp(case.Q, case.p, A=case.A, b=case.b, G=case.G, h=case.h, on_failure=on_failure).z
+    return implicit_layers.solve_qp(case.Q, case.p, A=case.A, b=case.b, G=case.G, h=case.h, on_failure=on_failure).z
 
 
 def ours_warning(case: Case) -> Tensor:
@@ -134,13 +134,8 @@ LAYERS: dict[str, tuple[str, Callable[[Case], Tensor]]] = {
 
 
 def version(package: str) -> str | None:
-    """The version that is installed, or None."""
-    if package == "implicit_layers":
-        return importlib.import_module(package).__version__
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """The version that is installed, or None; ours may run from its folder."""
+    return implicit_layers.__version__ if package == "implicit_layers" else installed(package)
 
 
 # --- one input, one layer -------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+import implicit_layers as il
+from benchmarks.contenders import installed
 from benchmarks.hard_qps import INF, Answer, Array, Problem, problems, residual
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,10 +38,6 @@ class Outcome(NamedTuple):
 
 
 def ours(data: Problem) -> Outcome:
-    import torch
-
-    import implicit_layers as il
-
     def tensor(part: Array) -> torch.Tensor | None:
         return torch.from_numpy(part) if part.size else None
 
@@ -53,11 +51,7 @@ def ours(data: Problem) -> Outcome:
         h=tensor(data.h), **bounds, on_failure="ignore",
     )  # fmt: skip
     status = il.Status(int(solution.info.status))
-    bound = torch.zeros_like(solution.z)
-    for name, sign in (("lam_ub", 1.0), ("lam_lb", -1.0)):
-        multiplier = getattr(solution, name, None)
-        if multiplier is not None and multiplier.numel():
-            bound = bound + sign * multiplier
+    bound = solution.lam_ub - solution.lam_lb
     answer = Answer(*(part.numpy() for part in (solution.z, solution.nu, solution.lam, bound)))
     return Outcome(status.name.lower(), status == il.Status.CONVERGED, answer)
 
@@ -181,13 +175,8 @@ SOLVERS: dict[str, tuple[str, Callable[[Problem], Outcome]]] = {
 
 
 def version(package: str) -> str | None:
-    """The version that is installed, or None."""
-    if package == "implicit_layers":
-        return importlib.import_module(package).__version__
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """The version that is installed, or None; ours may run from its folder."""
+    return il.__version__ if package == "implicit_layers" else installed(package)
 
 
 def measure(data: Problem, solve: Callable[[Problem], Outcome]) -> dict[str, Any]:

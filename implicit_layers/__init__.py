@@ -38,6 +38,9 @@ from implicit_layers.linalg import Direct as Direct
 from implicit_layers.linalg import LeastSquares as LeastSquares
 from implicit_layers.qp import solve_qp as solve_qp
 from implicit_layers.simplex import softmax as softmax
+from implicit_layers.solution import Degeneracy as Degeneracy
+from implicit_layers.solution import QPInfo as QPInfo
+from implicit_layers.solution import QPShift as QPShift
 from implicit_layers.solution import QPSolution as QPSolution
 from implicit_layers.solution import Solution as Solution
 from implicit_layers.solution import SolveInfo as SolveInfo

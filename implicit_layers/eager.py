@@ -30,3 +30,16 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
         return disabled(*args, **kwargs)
 
     return run
+
+
+def transforms_at_work() -> frozenset[str]:
+    """The kinds of `torch.func` transforms that are running: "Grad", "Jvp", "Vmap", ...
+
+    The compiler takes the answer as a constant of the graph, which it makes anew when the transforms change.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return frozenset(str(interpreter.key()).rpartition(".")[2] for interpreter in stack)
+
+
+# what `torch.compiler.assume_constant_result` does, which would take seconds to import the compiler
+transforms_at_work._dynamo_marked_constant = True  # type: ignore[attr-defined]

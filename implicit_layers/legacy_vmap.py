@@ -29,6 +29,8 @@ def modernised(
     function: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None]:
     """function(*tensors), under `torch.func.vmap` where the old one has batched some of the tensors."""
+    if torch.compiler.is_compiling():  # which knows no old vmap
+        return function(*tensors)
     level = _level()
     if level == 0 or not any(map(_batched, tensors)):
         return function(*tensors)

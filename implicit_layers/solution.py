@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -49,14 +49,45 @@ class Solution(NamedTuple):
     info: SolveInfo
 
 
+class QPInfo(NamedTuple):
+    """How the solve of quadratic programs went; the fields of `SolveInfo` first, all of shape (*B,)."""
+
+    status: Tensor  # (*B,) int8, the numbers of `Status`
+    converged: Tensor  # (*B,) bool
+    iterations: Tensor  # (*B,) int64, of the interior point; 0 where none was needed
+    residual: Tensor  # (*B,) relative KKT residual at the returned point, in the dtype of the solution
+    degenerate: Tensor  # (*B,) int8, the flags of `Degeneracy`: not 0 where the derivative is not unique
+    condition: Tensor  # (*B,) estimated condition number of the linear system that gives the derivative
+
+
+class Degeneracy(IntFlag):
+    """Why the derivative of a quadratic program's solution is not unique; `QPInfo.degenerate` holds these flags."""
+
+    NONE = 0
+    WEAK = 1  # an inequality is only just active: no dual, no slack
+    DEPENDENT = 2  # the active constraints depend on each other
+    PRIMAL = 4  # there is more than one minimiser
+
+
+class QPShift(NamedTuple):
+    """How far right-hand sides were moved to make a program feasible: A z = b + shift.b, G z <= h + shift.h."""
+
+    b: Tensor  # (*B, n_eq)
+    h: Tensor  # (*B, n_ineq), never negative
+
+
 class QPSolution(NamedTuple):
-    """A solution of a quadratic program: primal, duals, slack, and how it was found."""
+    """A solution of a quadratic program: primal, duals, slack, how it was found, duals of the bounds, value."""
 
     z: Tensor  # (*B, n)
     nu: Tensor  # (*B, n_eq), duals of A z = b
     lam: Tensor  # (*B, n_ineq), duals of G z <= h, never negative
-    s: Tensor  # (*B, n_ineq), slack h - G z, never negative beyond rounding
-    info: SolveInfo
+    s: Tensor  # (*B, n_ineq), slack h - G z, never negative beyond rounding; inf where h is
+    info: QPInfo
+    lam_lb: Tensor  # (*B, n), duals of z >= lb, never negative; 0 where there is no bound
+    lam_ub: Tensor  # (*B, n), duals of z <= ub, never negative; 0 where there is no bound
+    value: Tensor  # (*B,), the optimal value 1/2 z'Qz + p'z
+    shift: QPShift  # all 0 unless infeasible="nearest"
 
 
 # For each way to fail: the error, what happened to one problem, what happened to several, and what to do about it.
@@ -95,7 +126,7 @@ def check_on_failure(on_failure: str) -> None:
 
 
 def report_failure(
-    info: SolveInfo,
+    info: SolveInfo | QPInfo,
     on_failure: OnFailure,
     *,
     what: str,

@@ -23,18 +23,24 @@ def kkt_certificate(
     b: Tensor | None = None,
     G: Tensor | None = None,
     h: Tensor | None = None,
+    lb: Tensor | None = None,
+    ub: Tensor | None = None,
+    lam_lb: Tensor | None = None,
+    lam_ub: Tensor | None = None,
 ) -> Tensor:
     r"""Measure how far a point is from satisfying the KKT conditions of a quadratic program.
 
-    Problem:  min ½ zᵀQz + pᵀz  subject to  A z = b,  G z ≤ h.
+    Problem:  min ½ zᵀQz + pᵀz  subject to  A z = b,  G z ≤ h,  lb ≤ z ≤ ub.
 
     Args:
-        Q, p, A, b, G, h: the program, as for `solve_qp`; leading dimensions broadcast. Q is symmetrised.
-        z, nu, lam: the point and its duals; `nu` and `lam` may be left out where there are no such constraints.
+        Q, p, A, b, G, h, lb, ub: the program, as for `solve_qp`; leading dimensions broadcast. Q is symmetrised.
+            Infinite entries of h, lb, ub are constraints that are not there; their duals must be 0.
+        z, nu, lam, lam_lb, lam_ub: the point and its duals; those of missing constraints may be left out.
 
-    Returns: (*B,): the largest of five violations, each divided by max(1, its largest term): stationarity
-             Qz + p + Aᵀν + Gᵀλ, equality Az − b, inequality max(Gz − h, 0), dual sign max(−λ, 0), complementarity
-             λ∘(Gz − h). Zero at an exact solution; NaN where the point is NaN. Computed in float64.
+    Returns: (*B,): the largest of the violations, each divided by max(1, its largest term): stationarity
+             Qz + p + Aᵀν + Gᵀλ + λ_ub − λ_lb, equality Az − b, inequality max(Gz − h, 0), dual sign max(−λ, 0),
+             complementarity λ∘(Gz − h), and the same three for the bounds. Zero at an exact solution; NaN where the
+             point is NaN. Computed in float64.
     Raises:  ValueError: constraints without their duals.
     Cost:    a few matrix–vector products.
     Source:  Boyd & Vandenberghe (2004), section 5.5.3.
@@ -48,6 +54,8 @@ def kkt_certificate(
     """
     if (A is not None and nu is None) or (G is not None and lam is None):
         raise ArgumentError("kkt_certificate: a program with constraints needs their duals: nu for A, lam for G")
+    if (lb is None) != (lam_lb is None) or (ub is None) != (lam_ub is None):
+        raise ArgumentError("kkt_certificate: bounds come with their duals: lam_lb for lb, lam_ub for ub")
     for name, rows, right, dual in (("A", A, b, nu), ("G", G, h, lam)):
         if (rows is None) != (right is None) or (rows is None and dual is not None and dual.shape[-1]):
             raise ArgumentError(
@@ -76,11 +84,25 @@ def kkt_certificate(
             G, h, lam = (tensor.detach().to(torch.float64) for tensor in (G, h, lam))
             terms.append((G.mT @ lam.unsqueeze(-1)).squeeze(-1))
             left = (G @ z.unsqueeze(-1)).squeeze(-1)
-            violations.append(_relative((left - h).clamp(min=0), left, h))
-            violations.append(_relative(lam.clamp(max=0), lam))
-            violations.append(_relative(lam * (left - h), lam * left, lam * h))
+            violations += _inequality(left, h, lam)
+        for sign, bound, dual in ((-1.0, lb, lam_lb), (1.0, ub, lam_ub)):
+            if bound is not None and dual is not None:
+                bound, dual = (tensor.detach().to(torch.float64) for tensor in (bound, dual))
+                terms.append(sign * dual)
+                violations += _inequality(sign * z, sign * bound, dual)
         violations.append(_relative(sum(terms[1:], terms[0]), *terms))
         return torch.stack(torch.broadcast_tensors(*violations)).amax(0)
+
+
+def _inequality(left: Tensor, right: Tensor, dual: Tensor) -> list[Tensor]:
+    """Violations of left ≤ right, dual ≥ 0, dual∘(left − right) = 0; an infinite right side is no constraint."""
+    there = right < torch.inf
+    right = torch.where(there, right, left)
+    return [
+        _relative((left - right).clamp(min=0), left, right),
+        _relative(torch.where(there, dual.clamp(max=0), dual), dual),
+        _relative(dual * (left - right), dual * left, dual * right),
+    ]
 
 
 def _relative(value: Tensor, *terms: Tensor) -> Tensor:

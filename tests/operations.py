@@ -30,6 +30,7 @@ class Operation:
         batched:     which inputs may have a batch; a module's parameters have none. Empty: all.
         module:      makes the module, for the operations that are one; its parameters are the first inputs, in order.
         fullgraph:   the compiler needs no break of the graph.
+        fullgraph_vmap: the same under `vmap`; None: as `fullgraph`.
         fake_cuda:   it runs on CUDA tensors without values (`FakeTensorMode`): no value is read, and no slice is taken,
                      for which PyTorch wants a real device.
         syncs:       the most host synchronisations of a forward pass, further ones an iteration, of a backward pass.
@@ -44,6 +45,7 @@ class Operation:
     batched: tuple[bool, ...] = ()
     module: Callable[[], torch.nn.Module] | None = None
     fullgraph: bool = False
+    fullgraph_vmap: bool | None = None
     fake_cuda: bool = False
     syncs: tuple[int, int, int] = (0, 0, 0)
     iterations: Callable[..., Tensor] | None = None
@@ -52,6 +54,11 @@ class Operation:
     @property
     def public_name(self) -> str:
         return self.name.partition(":")[0]
+
+    @property
+    def breaks(self) -> tuple[bool, bool]:
+        """Whether the compiler breaks the graph, alone and under `vmap`."""
+        return not self.fullgraph, not (self.fullgraph if self.fullgraph_vmap is None else self.fullgraph_vmap)
 
     @property
     def may_have_batch(self) -> tuple[bool, ...]:
@@ -88,30 +95,46 @@ def _softmax(method: str) -> Operation:
 
 # --- quadratic programs ---------------------------------------------------------------------------------------------
 
-QP_NAMES = ("Q", "p", "A", "b", "G", "h")
-QP_EVENTS = dict(zip(QP_NAMES, (2, 1, 2, 1, 2, 1), strict=True))
+QP_NAMES = ("Q", "p", "A", "b", "G", "h", "lb", "ub")
+QP_EVENTS = dict(zip(QP_NAMES, (2, 1, 2, 1, 2, 1, 1, 1), strict=True))
 
 
-def _solve_qp(what: str, n: int, n_ineq: int, n_eq: int) -> Operation:
-    names = [name for name in QP_NAMES if {"A": n_eq, "b": n_eq, "G": n_ineq, "h": n_ineq}.get(name, 1)]
+def _solve_qp(what: str, n: int, n_ineq: int, n_eq: int, *, bounds: bool = False, linear: bool = False) -> Operation:
+    """Linear programs have Q = 0, which is not among the inputs, and as many active constraints as unknowns."""
+    missing = {"A": not n_eq, "b": not n_eq, "G": not n_ineq, "h": not n_ineq, "Q": linear}
+    names = [name for name in QP_NAMES if not missing.get(name, not bounds and name in ("lb", "ub"))]
 
     def make(batch: Batch, seed: int) -> Tensors:
-        problem = il.testing.random_qp(n, n_ineq, n_eq, batch=batch, active=0.5, condition=10.0, seed=seed)
-        return tuple(getattr(problem, name) for name in names)
+        share = 1.0 if linear else 0.5
+        problem = il.testing.random_qp(n, n_ineq, n_eq, batch=batch, active=share, condition=10.0, seed=seed)
+        data = problem._asdict()
+        z, p = data["z"], data["p"]
+        if linear:
+            p = p + (data["Q"] @ z.unsqueeze(-1)).squeeze(-1)
+        # the last unknown at its upper bound, with a clear dual, the others well inside
+        last = torch.eye(n, dtype=z.dtype)[-1]
+        data |= {"p": p - last if bounds else p, "lb": z - 20.0, "ub": z + 20.0 * (1 - last)}
+        return tuple(data[name] for name in names)
 
     def solve(*tensors: Tensor) -> il.QPSolution:
-        return il.solve_qp(**dict(zip(names, tensors, strict=True)))
+        data = dict(zip(names, tensors, strict=True))
+        if linear:
+            data["Q"] = torch.zeros(n, n, dtype=data["p"].dtype, device=data["p"].device)
+        return il.solve_qp(**data)
 
     def call(*tensors: Tensor) -> Tensors:
-        solution = solve(*tensors)
-        return solution.z, *((solution.nu,) if n_eq else ()), *((solution.lam, solution.s) if n_ineq else ())
+        z, nu, lam, s, _, lam_lb, lam_ub, value, _ = solve(*tensors)
+        duals = (*((nu,) if n_eq else ()), *((lam, s) if n_ineq else ()), *((lam_lb, lam_ub) if bounds else ()))
+        return z, *duals, value
 
     return Operation(
         name=f"il.solve_qp{what}",
         make=make,
         call=call,
         events=tuple(QP_EVENTS[name] for name in names),
-        syncs=(13, 2, 1) if n_ineq else (6, 0, 1),
+        fullgraph=True,
+        fullgraph_vmap=False,
+        syncs=(40, 2, 2) if bounds or linear else (15, 2, 1) if n_ineq else (8, 0, 1),
         iterations=lambda *tensors: solve(*tensors).info.iterations,
     )
 
@@ -210,6 +233,8 @@ OPERATIONS = (
     _solve_qp("", 3, 2, 1),
     _solve_qp(": inequalities", 3, 3, 0),
     _solve_qp(": equalities", 3, 0, 2),
+    _solve_qp(": bounds", 3, 2, 1, bounds=True),
+    _solve_qp(": linear program", 3, 1, 1, bounds=True, linear=True),
     Operation(
         name="il.root",
         make=_affine,
@@ -258,5 +283,14 @@ OPERATIONS = (
         fake_cuda=True,
         syncs=(1, 0, 0),
     ),
-    _module("nn.QPLayer", _qp_layer, _qp_layer_state, 3, syncs=(13, 2, 1), iterations=_qp_layer_iterations),
+    _module(
+        "nn.QPLayer",
+        _qp_layer,
+        _qp_layer_state,
+        3,
+        fullgraph=True,
+        fullgraph_vmap=False,
+        syncs=(14, 2, 1),
+        iterations=_qp_layer_iterations,
+    ),
 )

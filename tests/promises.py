@@ -211,10 +211,10 @@ def mapped_jacobians(op: Operation) -> None:
         close(tuple(J[i] for J in by_rev), expected)
 
 
-def _compiled(function: Callable, op: Operation, inputs: Tensors) -> None:
+def _compiled(function: Callable, inputs: Tensors, *, fullgraph: bool) -> None:
     """The compiled function gives the eager numbers, forward and backward, on two inputs."""
     torch.compiler.reset()
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=op.fullgraph)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=fullgraph)
     with warnings.catch_warnings():
         # where a graph breaks, the compiler looks at .grad of tensors inside it, and warns itself of that
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
@@ -228,12 +228,15 @@ def _compiled(function: Callable, op: Operation, inputs: Tensors) -> None:
 
 @_in(TRANSFORMS, "`torch.compile`")
 def compiled(op: Operation) -> None:
-    _compiled(lambda *inputs: tuple(2.0 * y for y in op.call(*inputs)), op, op.make((2,), 1))
+    _compiled(lambda *inputs: tuple(2.0 * y for y in op.call(*inputs)), op.make((2,), 1), fullgraph=not op.breaks[0])
 
 
 @_in(TRANSFORMS, "`torch.compile` of `vmap`")
 def compiled_vmap(op: Operation) -> None:
-    _compiled(lambda *inputs: vmap(lambda *x: op.call(*x), in_dims(op))(*inputs), op, op.make((2,), 1))
+    def mapped(*inputs: Tensor) -> Tensors:
+        return vmap(lambda *x: op.call(*x), in_dims(op))(*inputs)
+
+    _compiled(mapped, op.make((2,), 1), fullgraph=not op.breaks[1])
 
 
 # --- shapes, types, devices -----------------------------------------------------------------------------------------

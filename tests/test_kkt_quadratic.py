@@ -61,7 +61,8 @@ def test_active_set_solve_is_the_dense_kkt_solve() -> None:
     expected = torch.stack([torch.linalg.solve(K[i], torch.cat([r_z[i], active[i] * r_y[i]])) for i in range(3)])
     ridged = quadratic.factorise_with_ridge(reduced, active, 1e-10)
     for each, refine in ((factor, 0), (factor, 1), (factor, 2), (ridged, 2)):
-        u_z, u_y = quadratic.solve(each, Q, E, r_z, r_y, refine)
+        u_z, u_y, u_bound = quadratic.solve(each, Q, E, r_z, r_y, None, refine)
+        assert not u_bound.any()
         assert torch.allclose(torch.cat([u_z, u_y], dim=-1), expected, atol=1e-10)
 
 

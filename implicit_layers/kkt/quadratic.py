@@ -20,6 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicit_layers import checks
+from implicit_layers.errors import NotPositiveDefiniteError
+
 
 class KKTResidual(NamedTuple):
     """The left-hand sides of the five conditions at a point; all zero at a solution."""
@@ -46,6 +49,9 @@ class Factor(NamedTuple):
     active: Tensor  # (*B, m): 1 on equality rows and active inequality rows, else 0
 
 
+EVENT_NDIM = (2, 2, 2, 2, 1, 1)  # trailing dimensions of the fields of `Factor`
+
+
 class Reduced(NamedTuple):
     """The dual form: E z − f = (t − S y) / scale with y = scale ∘ (dual), z eliminated; then ν eliminated too."""
 
@@ -65,14 +71,14 @@ class Reduced(NamedTuple):
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, n) -> (*B, m)
     """Multiply a matrix with a vector, batched."""
     if matrix.ndim == 3 and vector.ndim == 2 and matrix.shape[0] == 1:  # one matrix for all vectors
-        return vector @ matrix[0].mT
+        return vector @ matrix.squeeze(0).mT
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
 def transposed_matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, m) -> (*B, n)
     """Multiply a transposed matrix with a vector, batched."""
     if matrix.ndim == 3 and vector.ndim == 2 and matrix.shape[0] == 1:  # one matrix for all vectors
-        return vector @ matrix[0]
+        return vector @ matrix.squeeze(0)
     return (vector.unsqueeze(-2) @ matrix).squeeze(-2)
 
 
@@ -94,7 +100,7 @@ def cholesky_solve(factor: Tensor, vector: Tensor) -> Tensor:  # (*B, n, n), (*B
 def triangular_solve(factor: Tensor, vector: Tensor, *, transposed: bool = False) -> Tensor:
     """Solve L x = vector, or Lᵀ x = vector."""
     shared = factor.ndim == 3 and factor.shape[0] == 1 and vector.shape[0] != 1  # one matrix, many right-hand sides
-    lower, right = (factor[0], vector.mT) if shared else (factor, vector.unsqueeze(-1))
+    lower, right = (factor.squeeze(0), vector.mT) if shared else (factor, vector.unsqueeze(-1))
     solution = torch.linalg.solve_triangular(lower.mT if transposed else lower, right, upper=transposed)
     return solution.mT if shared else solution.squeeze(-1)
 
@@ -137,21 +143,6 @@ def jacobian(Q: Tensor, A: Tensor, G: Tensor, h: Tensor, z: Tensor, lam: Tensor)
         [full(lam.unsqueeze(-1) * G), zeros(n_ineq, n_eq), full(torch.diag_embed(matvec(G, z) - h))],
     ]
     return torch.cat([torch.cat(row, dim=-1) for row in rows], dim=-2)
-
-
-def parameter_gradients(
-    v_z: Tensor, v_nu: Tensor, v_lam: Tensor, z: Tensor, nu: Tensor, lam: Tensor, needed: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Turn an adjoint v and a point into the gradients of Q, A and G, skipping those not needed.
-
-    d(point) = K⁻¹ r with r_z = −(dQ z + dAᵀν + dGᵀλ), r_ν = −dA z, r_λ = −dG z; so ⟨v, r⟩ gives the outer products.
-    Only the symmetric part of Q counts, so its gradient is symmetric: −½(v_z zᵀ + z v_zᵀ).
-    """
-    right = torch.stack([v_z, z], dim=-2) if any(needed) else z
-    grad_Q = torch.stack([z, v_z], dim=-1).mul(-0.5) @ right if needed[0] else None
-    grad_A = torch.stack([nu, v_nu], dim=-1).neg() @ right if needed[1] else None
-    grad_G = torch.stack([lam, v_lam], dim=-1).neg() @ right if needed[2] else None
-    return grad_Q, grad_A, grad_G
 
 
 def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, ridge: float) -> Reduced:
@@ -233,15 +224,88 @@ def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Ten
     return step - cholesky_solve(factor.chol_q, transposed_matvec(E, u_y)), u_y
 
 
-def solve(factor: Factor, Q: Tensor, E: Tensor, r_z: Tensor, r_y: Tensor, refine: int) -> tuple[Tensor, Tensor]:
-    """Solve the active-set system and refine against the matrices themselves."""
+def solve(
+    factor: Factor,
+    Q: Tensor,
+    E: Tensor,
+    r_z: Tensor,
+    r_y: Tensor,
+    r_bound: Tensor | None,
+    refine: int,
+    *,
+    project: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve the active-set system and refine against the matrices themselves; no bounds, so u_bound is zero.
+
+    `project` is there for the other form: where rows depend on each other, the ridge of this factor does it.
+    """
     u_z, u_y = solve_once(factor, E, r_z, r_y)
     for _ in range(refine):
         left_z = r_z - matvec(Q, u_z) - transposed_matvec(E, u_y)
         left_y = factor.active * (r_y - matvec(E, u_z))
         step_z, step_y = solve_once(factor, E, left_z, left_y)
         u_z, u_y = u_z + step_z, u_y + step_y
-    return u_z, u_y
+    return u_z, u_y, torch.zeros_like(u_z)
+
+
+def condition(factor: Factor) -> Tensor:  # -> (N,)
+    """Estimate the condition from the pivots of both factors: a lower bound, cheap and of the right order mostly."""
+    worst = []
+    for part in (factor.chol_q, factor.chol_eq, factor.chol_ineq):
+        pivots = part.diagonal(dim1=-2, dim2=-1) ** 2
+        if pivots.shape[-1]:
+            worst.append(pivots.amax(-1) / pivots.amin(-1))
+    return torch.stack(torch.broadcast_tensors(*worst)).amax(0)
+
+
+def check_definite(Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor Q, (N or 1, n, n); also tell where it is positive definite to working precision, (N or 1,)."""
+    factor, info = torch.linalg.cholesky_ex(Q)
+    diagonal = Q.diagonal(dim1=-2, dim2=-1)
+    floor = 10 * Q.shape[-1] * torch.finfo(Q.dtype).eps
+    relative = factor.diagonal(dim1=-2, dim2=-1) ** 2 / diagonal.abs().clamp(min=torch.finfo(Q.dtype).tiny)
+    return factor, (info == 0) & (relative.amin(-1) > floor)
+
+
+def convex(Q: Tensor, batch: torch.Size, rounding: float) -> Tensor:
+    """Refuse Q, (N or 1, n, n), with a negative eigenvalue beyond rounding; one host synchronisation, mostly.
+
+    Q + τI is positive definite where Q is semidefinite to rounding, τ = 64 n eps |Q|, |Q| its largest row sum. Where
+    the data had been rounded more coarsely before, what their rounding made negative is lifted to zero.
+
+    Returns: Q, or Q + a multiple of the identity of the size of the data's rounding.
+
+    Raises:
+        NotPositiveDefiniteError: names the problem and the smallest eigenvalue.
+    """
+    n = Q.shape[-1]
+    if Q.shape[0] == 0:
+        return Q
+    size = Q.abs().sum(-1).amax(-1)
+    shift = 64 * n * torch.finfo(Q.dtype).eps * size
+    shifted = Q.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(torch.where(size > 0, shift, 1.0).unsqueeze(-1))
+    _, info = torch.linalg.cholesky_ex(shifted)
+    if checks.host_bool((info == 0).all()):
+        return Q
+    bad = info != 0
+    if rounding > torch.finfo(Q.dtype).eps:
+        index = bad.nonzero().squeeze(-1)
+        least = torch.linalg.eigvalsh(Q[index])[:, 0]
+        lift = torch.zeros_like(size).index_copy(0, index, shift[index] - least)
+        bad = bad & (lift > n * rounding * size)
+        if not bool(bad.any()):
+            return Q + torch.diag_embed(lift.unsqueeze(-1).expand(-1, n))
+    first = Q[bad.nonzero()[0, 0]]
+    smallest = float(torch.linalg.eigvalsh(first)[0])
+    shared = Q.shape[0] == 1
+    where = "" if shared else checks.index_of(bad.reshape(batch))
+    count = "" if shared else f"; {int(bad.sum())} of {bad.numel()} problems"
+    raise NotPositiveDefiniteError(
+        f"Q{where} is not positive semidefinite (smallest eigenvalue {smallest:.3g}, |Q| {float(first.abs().max()):.3g}"
+        f"{count}), so the program is not convex. If it should be, add a small multiple of the identity, "
+        "Q + 1e-6 * torch.eye(n), or build Q as L Lᵀ."
+    )
 
 
 def magnitude(reduced: Reduced, f: Tensor, z_norm: Tensor) -> Tensor:  # (N,) -> (N, m)
@@ -291,13 +355,15 @@ def unexpand(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
     strides = tensor.stride()[: tensor.ndim - event_ndim]
     sizes = tensor.shape[: tensor.ndim - event_ndim]
     if batch.numel() and all(stride == 0 or size == 1 for stride, size in zip(strides, sizes, strict=True)):
-        return tensor[(0,) * len(sizes)].unsqueeze(0)
-    return tensor.expand(*batch, *event).reshape(batch.numel(), *event)
+        for _ in sizes:
+            tensor = tensor.select(0, 0)
+        return tensor.unsqueeze(0)
+    return tensor.expand((*batch, *event)).reshape((batch.numel(), *event))
 
 
 def expand(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
     """Undo `unexpand`: (N, ...) or (1, ...) to (*batch, ...); what is shared stays one memory."""
     event = tensor.shape[tensor.ndim - event_ndim :]
     if tensor.shape[0] == batch.numel():
-        return tensor.reshape(*batch, *event)
-    return tensor[0].expand(*batch, *event)
+        return tensor.reshape((*batch, *event))
+    return tensor.squeeze(0).expand((*batch, *event))

@@ -8,14 +8,13 @@ Source: Hintermüller, Ito & Kunisch (2003), SIAM J. Optim. 13(3), for the corre
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicit_layers.kkt import quadratic
-from implicit_layers.solution import Status
+from implicit_layers.solution import Degeneracy, Status
 
 RIDGE = 1e-10  # on the unit diagonal of the Schur complement, where active rows depend on each other
 REFINE = 1  # refinement steps on a factor without ridge
@@ -123,14 +122,6 @@ def solve_on(
     accepted = independent & ~(leave | enter).any(-1) & (residual <= tol)
     corrected = torch.where(leave, 0.0, torch.where(enter, 1.0, active))
     return ActiveSetPoint(z, y, factor, residual, accepted, independent, weak.any(-1), corrected)
-
-
-class Degeneracy(IntEnum):
-    """Why the derivative at a solution is not unique."""
-
-    NONE = 0
-    WEAK = 1  # an inequality is only just active: no dual, no slack
-    DEPENDENT = 2  # the active rows depend on each other
 
 
 class Answers:

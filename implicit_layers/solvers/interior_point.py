@@ -1,258 +1,260 @@
-r"""Mehrotra's predictor–corrector interior point for convex quadratic programs, ended by a verified active set.
+r"""The solver of convex quadratic programs: which form suits, what became of every problem, what a derivative needs.
 
-With Q = L Lᵀ and z eliminated, the slack s = h − Gz is an affine function of the inequality dual, s = R λ + w, with R
-the Schur complement of the constraints projected off the equalities. The program is the complementarity problem
+    min ½ zᵀQz + pᵀz   subject to   A z = b,   G z ≤ h,   lb ≤ z ≤ ub
 
-    s = R λ + w,   λ ≥ 0,   s ≥ 0,   λ ∘ s = 0,
-
-and an iteration is one Cholesky factorisation of R + diag(s/λ) with two right-hand sides. Rows are scaled to unit
-diagonal, so the iteration is blind to the units of z, of the cost and of every row.
-
-The interior point is only a way to find which rows are active; the answer is the verified solve on them (`active_set`).
-So the solution is exact to rounding and its factor is the one that the derivatives need: the last interior-point
-factor would be far too inaccurate for them.
-
-Source: Mehrotra (1992), SIAM J. Optim. 2(4); Nocedal & Wright (2006), chapter 16.
+The dual form eliminates z and works on m x m matrices: for strictly convex programs without bounds and not many more
+rows than unknowns. The condensed form eliminates the duals and works on n x n matrices: for everything else. Both
+follow a central path only to find what is active; the answer is a verified solve on that, exact to rounding.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicit_layers import checks
-from implicit_layers.kkt import quadratic
-from implicit_layers.solution import SolveInfo, Status
-from implicit_layers.solvers.active_set import RIDGE, Answers, Program
+from implicit_layers.errors import ArgumentError
+from implicit_layers.kkt import condensed, quadratic
+from implicit_layers.kkt.program import ActiveSet, Data, Program
+from implicit_layers.solution import Degeneracy, SolveInfo, Status
+from implicit_layers.solvers import active_set, central_point, condensed_solve, dual_path, infeasibility, optimal_face
+from implicit_layers.solvers.central_point import BarrierPoint
+from implicit_layers.solvers.condensed_solve import Outcome
 
+_MANY_ROWS = 2.5  # inequality rows for each unknown, beyond which the condensed form is faster
 
-class _Phase(NamedTuple):
-    """How far to follow the central path before trying the active set, and how."""
-
-    measure: float  # duality measure to reach
-    tol: float  # relative residual to accept, where the solver's own is larger
-    sign_tol: float  # on the signs of duals and slacks
-    refine: int  # refinement steps of the active-set solve
-    balanced: bool  # how the active rows are guessed
-    dependent: bool  # whether to look for active rows that depend on each other
-
-
-_PHASES = (
-    _Phase(1e-3, 1e-12, 1e-14, 1, balanced=True, dependent=False),
-    _Phase(1e-6, 1e-12, 1e-14, 1, balanced=False, dependent=False),
-    _Phase(1e-9, 1e-12, 1e-13, 2, balanced=True, dependent=False),
-    _Phase(1e-12, 1e-11, 1e-12, 4, balanced=False, dependent=True),
-    _Phase(1e-15, 1.0, 1e-10, 4, balanced=True, dependent=True),
-)
-_TO_BOUNDARY = 0.995
-_SHORTEST = 1e-8  # a shorter step means that the iteration is stuck
+# Above which residual an answer may be one of a program that has none, far out, where everything is small relative to
+# the point; and above which residual relative to the data it is none without a proof.
+_SUSPECT = {torch.float64: (2e-12, 1e-6), torch.float32: (2e-6, 1e-3)}
+_LONG = 20  # iterations of the dual form, beyond which the condensed form has a try too
+_POOR = 1e-12  # a residual of the dual form above which the condensed form has a try
 
 
 class QPResult(NamedTuple):
-    """Points, duals, factor and outcome of a batch of programs, in one batch dimension."""
+    """Points, duals, active sets, factor and outcome of a batch of programs, in one batch dimension."""
 
     z: Tensor  # (N, n)
     y: Tensor  # (N, m): (nu, lam)
-    factor: quadratic.Factor
-    degenerate: Tensor  # (N,) int8: whether and why the derivative is not unique, see `active_set.Degeneracy`
+    bound: Tensor  # (N, n): λ_ub − λ_lb
+    active: Tensor  # (N, m): 1 on rows held in the end
+    fixed: Tensor  # (N, n): +1 at ub, -1 at lb, 0 free
+    factor: quadratic.Factor | condensed.Factor
+    degenerate: Tensor  # (N,) int8: whether and why the derivative is not unique, flags of `Degeneracy`
+    condition: Tensor  # (N,): estimated condition of the scaled KKT system on the active set; inf where singular
     info: SolveInfo
-    program: Program
 
 
 @dataclass(frozen=True)
 class InteriorPoint:
-    """Predictor–corrector interior point with a verified active-set end, for strictly convex quadratic programs.
+    """Predictor–corrector interior point with a verified active-set end, for convex quadratic programs.
 
     All programs of a batch advance in the same tensors on the device of the data; those that have ended are taken out.
     Programs with equalities only, or without constraints, are one linear solve and no iteration.
 
     Args:
-        tol: largest relative KKT residual of an accepted answer; answers usually are at rounding, far below it.
+        tol: largest relative KKT residual of an accepted answer, by default 1e-8, and 1e-5 for what is solved in
+            float32; answers usually are at rounding, far below it.
         max_iter: cap on the interior-point iterations.
+        check_every: ask the host every so many iterations which programs have converged. 0: never, no host
+            synchronisation at all: all max_iter iterations and a fixed number of active-set rounds, the condensed
+            form, no search for certificates of infeasibility.
+        precision: "mixed": solve in float64 whatever the data; "native": solve float32 data in float32.
+        form: "dual", "condensed", or "auto" by kind and shape.
 
-    Raises: ArgumentError, ArgumentTypeError: tol or max_iter is not a positive number.
-    Cost:   an iteration is one Cholesky factorisation of an (n_ineq, n_ineq) matrix a program and one host
-            synchronisation.
+    Raises: ArgumentError, ArgumentTypeError: a setting is out of its range.
+    Cost:   an iteration is one Cholesky factorisation of an (n_ineq, n_ineq) matrix a program in the dual form, of an
+            (n, n) matrix in the condensed form, and a host synchronisation every `check_every`.
     """
 
-    tol: float = 1e-8
+    tol: float | None = None
     max_iter: int = 60
+    check_every: int = 1
+    precision: Literal["mixed", "native"] = "mixed"
+    form: Literal["auto", "dual", "condensed"] = "auto"
 
     def __post_init__(self) -> None:
-        checks.positive("tol", self.tol)
-        checks.whole("max_iter", self.max_iter, least=1)
+        checks.stopping(self.tol, self.max_iter)
+        checks.whole("check_every", self.check_every, least=0)
+        for name, value, among in (
+            ("precision", self.precision, ("mixed", "native")),
+            ("form", self.form, ("auto", "dual", "condensed")),
+        ):
+            if value not in among:
+                raise ArgumentError(f"{name} must be one of {among}, got {value!r}")
+        if self.check_every == 0 and self.form == "dual":
+            raise ArgumentError("form='dual' asks the host how far it is; with check_every=0 use form='condensed'")
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Give the tolerance for data of a dtype."""
+        if self.tol is not None:
+            return self.tol
+        return 1e-5 if dtype == torch.float32 and self.precision == "native" else 1e-8
 
     @torch.no_grad()
-    def solve(self, chol_q: Tensor, Q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, batch: int) -> QPResult:
-        """Solve a batch of programs with rows stacked, E = [A; G], f = [b; h], given the Cholesky factor of Q."""
-        program = Program(Q, p, E, f, n_eq, quadratic.reduce(chol_q, p, E, f, n_eq, RIDGE))
-        answers = Answers(program, batch)
-        if batch:
-            if E.shape[-2] == n_eq:
-                self._solve_equalities(program, answers)
-            else:
-                self._solve_inequalities(program, answers)
+    def solve(self, data: Data, batch: int, begin: ActiveSet | None = None) -> QPResult:
+        """Solve a batch of programs; no data are refused here, Q is taken as symmetric.
+
+        `begin`: an active set to try first; what it does not settle is solved from nothing. Not with check_every=0.
+        """
+        if self.precision == "mixed":
+            data = data.to(torch.float64)
+        if self.check_every and data.p.dtype == torch.float64 and self.form != "condensed":
+            chol_q = self._dual_form_applies(data)
+            if chol_q is not None:
+                return self._solve_dual(data, batch, chol_q, begin)
+        return self._solve_condensed(data, batch, begin)
+
+    @torch.no_grad()
+    def solve_barrier(self, data: Data, batch: int, barrier: Tensor | float) -> BarrierPoint:
+        """Find the minimiser of ½ zᵀQz + pᵀz − μ Σ log(slack of every inequality and bound) on A z = b.
+
+        `barrier` is μ > 0, a number or (N,). No Q is refused, and no certificate looked for where there is none.
+        """
+        if self.precision == "mixed":
+            data = data.to(torch.float64)
+        mu = torch.as_tensor(barrier, dtype=data.p.dtype, device=data.p.device).expand(batch)
+        return central_point.solve(data, batch, mu, self.max_iter, self.check_every)
+
+    def _dual_form_applies(self, data: Data) -> Tensor | None:
+        """Tell whether the dual form solves these programs, and well: the factor of Q, or None."""
+        n, m = data.Q.shape[-1], data.E.shape[-2]
+        if data.compliance is not None or (self.form == "auto" and m - data.n_eq > _MANY_ROWS * n):
+            return None
+        chol_q, definite = quadratic.check_definite(data.Q)
+        suits = definite.all() & torch.isfinite(data.f).all()
+        for bound in (data.lb, data.ub):
+            suits = suits if bound is None else suits & torch.isinf(bound).all()
+        return chol_q if checks.host_bool(suits) else None
+
+    def _solve_dual(self, data: Data, batch: int, chol_q: Tensor, begin: ActiveSet | None) -> QPResult:
+        """Solve in the dual form; where it fails, try the condensed form before giving up."""
+        Q, p, E, f, _, _, n_eq, _ = data
+        tol = self.tolerance(p.dtype)
+        reduced = quadratic.reduce(chol_q, p, E, f, n_eq, active_set.RIDGE)
+        program = active_set.Program(Q, p, E, f, n_eq, reduced)
+        start = None if begin is None else begin.active
+        answers = dual_path.solve(program, batch, tol=tol, max_iter=self.max_iter, start=start)
+        factor = answers.factor(program)
         converged = answers.status == int(Status.CONVERGED)
         info = SolveInfo(answers.status, converged, answers.iterations, answers.residual)
-        return QPResult(answers.z, answers.y, answers.factor(program), answers.degenerate, info, program)
+        condition = quadratic.condition(factor).expand(batch)
+        condition = torch.where(answers.degenerate & int(Degeneracy.DEPENDENT) > 0, torch.inf, condition)
+        zero = torch.zeros_like(answers.z)
+        result = QPResult(answers.z, answers.y, zero, answers.active, zero, factor, answers.degenerate, condition, info)
+        poor = (answers.residual > min(tol, _POOR)) | (_roughness(data, answers.z, answers.y) > _POOR)
+        poor = poor | (answers.iterations > _LONG)
+        poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | poor)
+        if self.form == "dual" or not batch or not checks.host_bool(poor.any()):
+            return result
+        return self._rescue(data, batch, result, poor.nonzero().squeeze(-1))
 
-    def _solve_equalities(self, program: Program, answers: Answers) -> None:
-        """One solve; where the rows depend on each other, one more with a ridge."""
-        index = torch.arange(answers.z.shape[0], device=answers.z.device)
-        every = torch.ones_like(answers.y)
-        left = answers.settle(program, index, every, answers.y, tol=self.tol, sign_tol=0.0, refine=3, rounds=1)
-        if left.numel():
-            part, every = program.take(left), every[left]
-            still = answers.settle_dependent(part, left, every, answers.y[left], tol=self.tol)
-            part = part.take(still)
-            contradiction = part.reduced.violation.expand(still.shape[0], -1) * part.reduced.scale
-            answers.give_up(part, left[still], every[still], contradiction, tol=self.tol)
+    def _rescue(self, data: Data, batch: int, result: QPResult, index: Tensor) -> QPResult:
+        """Solve some programs again in the condensed form; where that is better, all go on in it."""
+        part = data.take(index)
+        again = self._solve_condensed(part, index.shape[0])
+        old = torch.maximum(result.info.residual[index], _roughness(part, result.z[index], result.y[index]))
+        new = torch.maximum(again.info.residual, _roughness(part, again.z, again.y))
+        long = result.info.iterations[index] > _LONG
+        better = again.info.converged & ((new < 0.1 * old) | (long & (new <= torch.clamp(old, min=_POOR))))
+        better = better | (~result.info.converged[index] & (again.info.status != int(Status.NOT_CONVERGED)))
+        if not checks.host_bool(better.any()):
+            return result
+        to = index[better]
 
-    def _solve_inequalities(self, program: Program, answers: Answers) -> None:
-        """Follow the central path in phases; after each, settle what can be settled and go on with the rest."""
-        path = _CentralPath(program, answers.z.shape[0])
-        inside = (path.w >= 0.0).all(-1).nonzero().squeeze(-1)  # no inequality is violated without inequalities
-        if inside.numel():
-            equalities = path.equality.expand(inside.shape[0], -1)
-            part = program.take(inside)
-            left = answers.settle(part, inside, equalities, equalities, tol=self.tol, sign_tol=1e-12)
-            path.keep(_without(path.index, inside, left))
-        for phase in _PHASES:
-            if not path.index.numel():
-                return
-            path.advance(phase.measure, self.max_iter)
-            answers.iterations[path.index] = path.iterations
-            guess, duals = path.active(balanced=phase.balanced), path.duals()
-            tol = min(self.tol, phase.tol)
-            left = answers.settle(
-                path.program, path.index, guess, duals, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine
-            )
-            guess, duals = guess[left], duals[left]
-            path.keep(left)
-            if phase.dependent and left.numel():
-                left = answers.settle_dependent(path.program, path.index, guess, duals, tol=self.tol)
-                guess, duals = guess[left], duals[left]
-                path.keep(left)
-        if path.index.numel():
-            answers.give_up(path.program, path.index, guess, duals, tol=self.tol)
+        def merge(old: Tensor, new: Tensor) -> Tensor:
+            return old.index_copy(0, to, new[better])
 
+        active = merge(result.active, again.active)
+        factor = condensed.factorise(data, active, torch.zeros_like(result.z))
+        return QPResult(
+            merge(result.z, again.z),
+            merge(result.y, again.y),
+            result.bound,
+            active,
+            result.fixed,
+            factor,
+            merge(result.degenerate, again.degenerate),
+            merge(result.condition, again.condition),
+            SolveInfo(*(merge(a, b) for a, b in zip(result.info, again.info, strict=True))),
+        )
 
-def _without(index: Tensor, tried: Tensor, left: Tensor) -> Tensor:
-    """Say which positions of `index` remain when those tried are settled but for the ones left."""
-    remain = torch.ones_like(index, dtype=torch.bool)
-    remain[tried] = False
-    remain[tried[left]] = True
-    return remain.nonzero().squeeze(-1)
-
-
-class _CentralPath:
-    """Iterates λ, s > 0 of the programs not yet settled, in units in which the largest violation −w is 1."""
-
-    def __init__(self, program: Program, batch: int) -> None:
-        self.program = program
-        self.index = torch.arange(batch, device=program.Q.device)
-        reduced, n_eq = program.reduced, program.n_eq
-        self.R = reduced.projected
-        half = quadratic.triangular_solve(reduced.chol_eq, reduced.violation[:, :n_eq])
-        w = quadratic.transposed_matvec(reduced.across, half) - reduced.violation[:, n_eq:]
-        violation = (-w).amax(-1)
-        self.unit = torch.where(violation > 0, violation, 1.0)[:, None]
-        self.w = (w / self.unit).expand(batch, -1)
-        self.unit = self.unit.expand(batch, -1)
-        shifted = self.R.clone()
-        shifted.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        near = self.w.clamp(max=1.0)  # a row far from its bound must not move the others
-        start = quadratic.cholesky_solve(torch.linalg.cholesky_ex(shifted)[0], -near)
-        highest = start.amax(-1)
-        margin = torch.where(highest > 0, highest, 1.0)[:, None]
-        self.s = (-start).clamp(min=0.0) + margin + (self.w - near)
-        self.lam = start.clamp(min=0.0) + margin * (margin / self.s)  # rows far from their bound start centred
-        self.equality = torch.cat([self.R.new_ones(1, n_eq), self.R.new_zeros(1, self.R.shape[-1])], dim=-1)  # (1, m)
-        self.iterations = torch.zeros(batch, dtype=torch.int64, device=self.R.device)
-        self.stuck = torch.zeros(batch, dtype=torch.bool, device=self.R.device)
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some of the programs only."""
-        self.program = self.program.take(rows)
-        self.R = self.program.reduced.projected
-        for name in ("index", "unit", "w", "lam", "s", "iterations", "stuck"):
-            setattr(self, name, getattr(self, name)[rows])
-
-    def active(self, *, balanced: bool) -> Tensor:  # (k, m)
-        """Guess the active rows: all equalities, and inequalities whose dual outweighs their slack.
-
-        Balanced, each is measured by the largest of its kind, which is right for ill-conditioned programs; otherwise
-        by no less than 1, which is right where all slacks vanish. Slacks beyond the largest violation do not count.
-        """
-        floor = 0.0 if balanced else 1.0
-        dual_scale = self.lam.amax(-1, keepdim=True).clamp(min=floor)
-        slack_scale = self.s.clamp(max=1.0).amax(-1, keepdim=True).clamp(min=floor)
-        guess = (self.lam * slack_scale > self.s * dual_scale).to(self.lam.dtype)
-        return torch.cat([guess.new_ones(guess.shape[0], self.program.n_eq), guess], dim=-1)
-
-    def duals(self) -> Tensor:  # (k, m)
-        """Give the duals of all rows, unscaled: ν from the equality rows for the λ at hand."""
-        n_eq, reduced = self.program.n_eq, self.program.reduced
-        lam = self.unit * self.lam
-        right = reduced.violation[:, :n_eq] - quadratic.matvec(reduced.schur[:, :n_eq, n_eq:], lam)
-        return reduced.scale * torch.cat([quadratic.cholesky_solve(reduced.chol_eq, right), lam], dim=-1)
-
-    def advance(self, target: float, max_iter: int) -> None:
-        """Iterate until the duality measure of every program is below `target`, or it is stuck."""
-        rows: Tensor | None = None  # the programs at work; None: all of them
-        R, w, lam, s, count, stuck = self.R, self.w, self.lam, self.s, self.iterations, self.stuck
-        while True:
-            measure = (lam * s).mean(-1)
-            infeasibility = quadratic.matvec(R, lam) + w - s
-            off = (infeasibility.abs() / s.clamp(min=1.0)).amax(-1)
-            reached = (measure <= target) & (off <= 1e-2 * target**0.5)
-            running = ~reached & ~stuck & (count < max_iter)
-            at_work = checks.host_int(running.sum())
-            if at_work == 0 or at_work <= 0.75 * running.shape[0]:
-                if rows is None:
-                    self.lam, self.s, self.iterations, self.stuck = lam, s, count, stuck
-                else:
-                    self.lam[rows], self.s[rows], self.iterations[rows], self.stuck[rows] = lam, s, count, stuck
-                if at_work == 0:
-                    return
-                pick = running.nonzero().squeeze(-1)
-                rows = pick if rows is None else rows[pick]
-                R = R if R.shape[0] == 1 else R[pick]
-                w, lam, s, count, stuck = w[pick], lam[pick], s[pick], count[pick], stuck[pick]
-                measure, infeasibility, running = measure[pick], infeasibility[pick], running[pick]
-            lam, s, ok = _step(R, lam, s, measure, infeasibility, running)
-            count = count + running
-            stuck = stuck | (running & ~ok)
+    def _solve_condensed(self, data: Data, batch: int, begin: ActiveSet | None = None) -> QPResult:
+        """Solve in the condensed form."""
+        tol = self.tolerance(data.p.dtype)
+        program = Program.of(data)
+        settings = condensed_solve.Settings(tol, self.max_iter, self.check_every)
+        outcome = condensed_solve.solve(program, batch, settings, begin)
+        factor = _factor(program, outcome, ask=self.check_every > 0)
+        plural = torch.zeros_like(outcome.exact)
+        suspicious, far = _SUSPECT[program.p.dtype]
+        near = outcome.absolute <= far
+        converged = (outcome.residual <= tol) & (near | (self.check_every > 0))
+        status = torch.where(converged, int(Status.CONVERGED), int(Status.NOT_CONVERGED)).to(torch.int8)
+        status = torch.where(data.impossible(batch), int(Status.INFEASIBLE), status).to(torch.int8)
+        if self.check_every and batch:
+            suspect = (outcome.residual > min(tol, suspicious)) | ~near | ~converged
+            suspect = suspect & (status != int(Status.INFEASIBLE))
+            if checks.host_bool(suspect.any()):
+                index = suspect.nonzero().squeeze(-1)
+                why = infeasibility.reasons(data.take(index), index.shape[0], settings)
+                why = torch.where(why == int(Status.NOT_CONVERGED), status[index], why)
+                status = status.index_copy(0, index, why)
+            solved = status == int(Status.CONVERGED)
+            outcome, factor, plural = _least_norm(data, program, outcome, factor, solved, settings)
+        converged = status == int(Status.CONVERGED)
+        z, y, bound = program.unscaled(outcome.z, outcome.y, outcome.bound)
+        degenerate = outcome.weak * int(Degeneracy.WEAK)
+        degenerate = degenerate + (factor.singular & 2 > 0) * int(Degeneracy.DEPENDENT)
+        degenerate = degenerate + (plural | (factor.singular & 1 > 0)) * int(Degeneracy.PRIMAL)
+        info = SolveInfo(status, converged, outcome.iterations, outcome.residual)
+        condition = condensed.condition(program, factor)
+        return QPResult(z, y, bound, outcome.active, outcome.fixed, factor, degenerate.to(torch.int8), condition, info)
 
 
-def _step(
-    R: Tensor, lam: Tensor, s: Tensor, measure: Tensor, infeasibility: Tensor, running: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one predictor–corrector step where `running`; also returns where the step was long enough to go on."""
-    ratio = s / lam
-    matrix = R.expand(lam.shape[0], -1, -1).clone()
-    matrix.diagonal(dim1=-2, dim2=-1).add_(ratio)
-    chol, info = torch.linalg.cholesky_ex(matrix)
-    right = -s - infeasibility
-    d_lam = quadratic.cholesky_solve(chol, right)
-    d_s = -s - ratio * d_lam
-    length = _longest(lam, d_lam, s, d_s).clamp(max=1.0)[:, None]
-    affine = ((lam + length * d_lam) * (s + length * d_s)).mean(-1)
-    centre = (affine / measure) ** 3 * measure
-    correction = (centre[:, None] - d_lam * d_s) / lam
-    d_lam = quadratic.cholesky_solve(chol, right + correction)
-    d_s = correction - s - ratio * d_lam
-    length = (_TO_BOUNDARY * _longest(lam, d_lam, s, d_s)).clamp(max=1.0)
-    ok = (info == 0) & (length > _SHORTEST)
-    length = torch.where(running & ok, length, 0.0)[:, None]
-    move = length > 0
-    return torch.where(move, lam + length * d_lam, lam), torch.where(move, s + length * d_s, s), ok
+def _roughness(data: Data, z: Tensor, y: Tensor) -> Tensor:  # -> (N,)
+    """Measure stationarity relative to its largest term, and rows relative to the length of theirs."""
+    largest = quadratic.largest
+    terms = (quadratic.matvec(data.Q, z), data.p.expand_as(z), quadratic.transposed_matvec(data.E, y))
+    size = torch.stack([largest(term) for term in terms]).amax(0)
+    stationarity = largest(sum(terms[1:], terms[0])) / torch.where(size > 0, size, 1.0)
+    gap = quadratic.matvec(data.E, z) - data.f
+    inequality = torch.arange(gap.shape[-1], device=gap.device) >= data.n_eq
+    over = torch.where(inequality, gap.clamp(min=0.0), gap.abs())
+    reach = data.f.abs() + torch.linalg.vector_norm(data.E, dim=-1) * torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return torch.maximum(stationarity, largest(over / torch.where(reach > 0, reach, 1.0)))
 
 
-def _longest(lam: Tensor, d_lam: Tensor, s: Tensor, d_s: Tensor) -> Tensor:  # (k, m) x 4 -> (k,)
-    """Step length to the boundary of λ, s ≥ 0; NaN steps give length NaN, which no comparison accepts."""
-    steepest = torch.maximum(-d_lam / lam, -d_s / s).amax(-1)
-    return 1.0 / steepest.clamp(min=torch.finfo(lam.dtype).tiny)
+def _factor(program: Program, outcome: Outcome, *, ask: bool) -> condensed.Factor:
+    """Factor the system on the active sets found."""
+    zero = program.p.new_zeros(1, 1)
+    held = (outcome.fixed != 0).to(zero.dtype)
+    factor = condensed.factorise_scaled(program, outcome.active, held, zero)
+    return condensed.with_nullity(program, factor, ask=ask)
+
+
+def _least_norm(
+    data: Data,
+    program: Program,
+    outcome: Outcome,
+    factor: condensed.Factor,
+    solved: Tensor,
+    settings: condensed_solve.Settings,
+) -> tuple[Outcome, condensed.Factor, Tensor]:
+    """Where the minimiser is not unique, go to that of least norm; also tells where, (N,) bool."""
+    plural = torch.zeros_like(outcome.exact)
+    doubtful = solved & optimal_face.doubtful(program, outcome, factor.singular)
+    if not checks.host_bool(doubtful.any()):
+        return outcome, factor, plural
+    index = doubtful.nonzero().squeeze(-1)
+    part, some = program.take(index), outcome.take(index)
+    free = optimal_face.undetermined(part, optimal_face.held(part, some)).nonzero().squeeze(-1)
+    if not free.numel():
+        return outcome, factor, plural
+    index, part, some = index[free], part.take(free), some.take(free)
+    moved, other = optimal_face.nearest(data.take(index), part, some, factor.singular[index], settings)
+    plural[index] = other
+    outcome = outcome.replace(index, moved)
+    return outcome, _factor(program, outcome, ask=True), plural

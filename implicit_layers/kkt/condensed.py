@@ -1,0 +1,310 @@
+r"""The KKT system on an active set in its condensed form: one n x n Cholesky factor, for every convex program.
+
+    Q u_z + Eᵀu_y + u_bound = r_z
+    E u_z − c∘u_y = r_y on active rows,         u_y = 0 elsewhere
+    u_z − u_bound/σ = r_bound where σ > 0,      u_z = r_bound on fixed coordinates,      u_bound = 0 elsewhere
+
+(σ is infinite on fixed coordinates and zero on free ones, but for programs with a barrier.) In scaled units, and with
+E_a the active rows, K this matrix and R = diag(ρ, −δ), one solve with K + R is one with the factor of
+
+    H = Q + diag(σ) + ρ I + E_aᵀ diag(1/(δ + c)) E_a      (identity on fixed coordinates),
+
+and each refinement against K itself takes the regularisation away by a factor of about δ over the smallest
+eigenvalue that is not zero. Where K is singular,
+its null space, which splits into directions of z and of y, is taken off the right-hand side and off the answer. That
+leaves the solution of least norm of the part that can be solved: of z and y, as long as the columns differ in scale by
+no more than 64 and the rows by no more than 16; beyond that, in the units of `program.equilibrate`.
+
+Source: Friedlander & Orban (2012), A primal–dual regularized interior-point method for convex quadratic programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicit_layers import checks
+from implicit_layers.kkt import quadratic
+from implicit_layers.kkt.program import Data, Program
+
+REFINE = 4  # refinement steps where nothing is singular, those of `solve` besides
+_NULL = 1e-3  # the part of a made-up vector that must be in a null space for it to be there
+_COLLECT = 6  # so many times a vector is brought to the null space
+_CLEAN = 4  # steps that take the rest of the space off a vector of the null space
+Image = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # v to K v, in two parts
+
+
+class Regularisation(NamedTuple):
+    """The two small numbers on the diagonal, for a working precision."""
+
+    rho: float
+    delta: float
+
+
+class Factor(NamedTuple):
+    """The factor of H and what it was made with; leading dimension N or 1. `EVENT_NDIM` has the trailing dimensions."""
+
+    chol: Tensor  # (N, n, n)
+    column: Tensor  # (N or 1, n): the scaling of `program.Scaling`
+    row: Tensor  # (N or 1, m)
+    cost: Tensor  # (N or 1, 1)
+    active: Tensor  # (N, m): 1 on rows that hold
+    fixed: Tensor  # (N, n): 1 on coordinates that are fixed
+    compliance: Tensor  # (N or 1, m or 1), scaled
+    stiffness: Tensor  # (N or 1, n or 1): σ, scaled, 0 unless there is a barrier
+    singular: Tensor  # (N,) int8: 1 where directions of z are undetermined, 2 where duals are, 3 where both
+
+
+EVENT_NDIM = (2, 1, 1, 1, 1, 1, 1, 1, 0)
+
+
+def regularisation(dtype: torch.dtype) -> Regularisation:
+    """Choose ρ and δ: the error of the factor, eps/δ, and that of the duals, δ over eigenvalues, both refined away."""
+    return Regularisation(1e-7, 1e-6) if dtype == torch.float64 else Regularisation(1e-5, 1e-3)
+
+
+def factorise(
+    data: Data,
+    active: Tensor,  # (N, m) 1 on rows that hold
+    fixed: Tensor,  # (N, n) not 0 on coordinates that are fixed
+    *,
+    compliance: Tensor | None = None,  # (N or 1, m), instead of that of the data
+    stiffness: Tensor | None = None,  # (N or 1, n): σ of coordinates that are not fixed
+) -> Factor:
+    """Factor the KKT system on an active set, from nothing else; no host synchronisation."""
+    if compliance is not None:
+        data = data._replace(compliance=compliance)
+    program = Program.of(data, stiffness)
+    column, _, cost = program.scaling
+    zero = data.p.new_zeros(1, 1)
+    scaled = zero if stiffness is None else stiffness * cost * column**2
+    held = active.to(data.p.dtype)
+    held = held * program.rows.to(held.dtype)
+    return with_nullity(program, factorise_scaled(program, held, (fixed != 0).to(held.dtype), scaled), ask=False)
+
+
+def factorise_scaled(program: Program, active: Tensor, fixed: Tensor, stiffness: Tensor) -> Factor:
+    """Factor H; whether the system is singular is not looked at."""
+    rho, delta = regularisation(program.p.dtype)
+    weight = active / (delta + program.compliance)
+    H = assemble(program, weight, (rho + stiffness).expand(fixed.shape), 1.0 - fixed)
+    chol, _ = torch.linalg.cholesky_ex(H)
+    singular = torch.zeros(active.shape[0], dtype=torch.int8, device=active.device)
+    return Factor(chol, *program.scaling, active, fixed, program.compliance, stiffness, singular)
+
+
+def assemble(
+    program: Program, weight: Tensor, diagonal: Tensor, free: Tensor, curvature: Tensor | None = None
+) -> Tensor:  # -> (N, n, n)
+    """Form curvature·Q + Eᵀ diag(weight) E + diag, identity where not free."""
+    Q, E = program.Q, program.E
+    batch, n = diagonal.shape[0], diagonal.shape[-1]
+    if E.shape[-2] == 0:
+        H = (Q if curvature is None else Q * curvature.unsqueeze(-1)).expand(batch, n, n).clone()
+    else:
+        if E.shape[0] == 1 and batch != 1:  # one matrix for all: one long product, no copy of E
+            H = ((E.mT * weight.unsqueeze(-2)).reshape(-1, E.shape[-2]) @ E.squeeze(0)).reshape(batch, n, n)
+        else:
+            H = (E.mT * weight.unsqueeze(-2)) @ E
+        H = H + Q if curvature is None else torch.addcmul(H, Q, curvature.unsqueeze(-1))
+    H = H * free.unsqueeze(-1) * free.unsqueeze(-2)
+    H.diagonal(dim1=-2, dim2=-1).add_(torch.where(free > 0, diagonal, 1.0))
+    return H
+
+
+def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve with K + R, in scaled units but with E in its own; zero on what is fixed or inactive."""
+    _, delta = regularisation(factor.chol.dtype)
+    free = 1.0 - factor.fixed
+    weight = factor.active / (delta + factor.compliance)
+    pulled = factor.column * quadratic.transposed_matvec(E, factor.row * weight * r_y)
+    u_z = free * quadratic.cholesky_solve(factor.chol, free * (r_z + pulled))
+    u_y = weight * (factor.row * quadratic.matvec(E, factor.column * u_z) - r_y)
+    return u_z, u_y
+
+
+def refined(
+    factor: Factor,
+    E: Tensor,
+    image: Image,
+    r_z: Tensor,
+    r_y: Tensor,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """Solve K u = r, all scaled, by generalised conjugate residuals with K + R as preconditioner.
+
+    Where nothing is nearly singular the first steps are those of plain refinement; few small eigenvalues, which slow
+    that down, take one step each. Two cycles, the second from the residual as it really is.
+    """
+    sizes = [r_z.shape[-1], r_y.shape[-1]]
+    right = torch.cat([r_z, r_y], dim=-1)
+    tiny = torch.finfo(right.dtype).tiny ** 0.5
+    least = 500 * torch.finfo(right.dtype).eps
+    u = torch.zeros_like(right)
+    for cycle, count in enumerate((steps, 2)):
+        rest = right if cycle == 0 else right - torch.cat(image(*u.split(sizes, dim=-1)), dim=-1)
+        directions: list[tuple[Tensor, Tensor]] = []
+        for _ in range(count):
+            step = torch.cat(solve_once(factor, E, *rest.split(sizes, dim=-1)), dim=-1)
+            moved = torch.cat(image(*step.split(sizes, dim=-1)), dim=-1)
+            for earlier, image_of_it in directions:
+                along = (image_of_it * moved).sum(-1, keepdim=True)
+                step, moved = step - along * earlier, moved - along * image_of_it
+            length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+            null = length <= least * torch.linalg.vector_norm(step, dim=-1, keepdim=True)  # a step of rounding only
+            inverse = torch.where((length > tiny) & null.logical_not(), 1.0 / length.clamp(min=tiny), 0.0)
+            step, moved = step * inverse, moved * inverse
+            along = (moved * rest).sum(-1, keepdim=True)
+            u, rest = u + along * step, rest - along * moved
+            directions.append((step, moved))
+    s_z, s_y = u.split(sizes, dim=-1)
+    return s_z, s_y
+
+
+def null_part(factor: Factor, E: Tensor, image: Image, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Project on the null space of K, scaled: collect it by (K + R)⁻¹R, then off with what K still sees."""
+    n_z, n_y = torch.zeros_like(v_z), torch.zeros_like(v_y)
+    for _ in range(_COLLECT):  # the factor of H is coarse where only ρ holds it
+        d_z, d_y = _towards_null(factor, E, v_z - n_z, v_y - n_y)
+        n_z, n_y = n_z + d_z, n_y + d_y
+    off_z, off_y = refined(factor, E, image, *image(n_z, n_y), _CLEAN)
+    for _ in range(2):  # rounding over ρ lies in the null space itself
+        d_z, d_y = _towards_null(factor, E, off_z, off_y)
+        off_z, off_y = off_z - d_z, off_y - d_y
+    return n_z - off_z, n_y - off_y
+
+
+def _towards_null(factor: Factor, E: Tensor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply (K + R)⁻¹R twice."""
+    rho, delta = regularisation(factor.chol.dtype)
+    for _ in range(2):
+        v_z, v_y = solve_once(factor, E, rho * v_z, -delta * v_y)
+    return v_z, v_y
+
+
+def with_nullity(program: Program, factor: Factor, *, ask: bool) -> Factor:
+    """Look whether the system is singular, from one fixed vector that no null space is likely to be orthogonal to.
+
+    `ask`: look closer only where the host sees that some system may be.
+    """
+    batch, n, m = factor.active.shape[0], factor.fixed.shape[-1], factor.active.shape[-1]
+    free = 1.0 - factor.fixed
+    v_z = free * _probe(n, factor.chol).expand(batch, n)
+    v_y = factor.active * _probe(m, factor.chol).expand(batch, m)
+    plain = factor._replace(column=torch.ones_like(factor.column), row=torch.ones_like(factor.row))
+
+    def length(u_z: Tensor, u_y: Tensor) -> Tensor:  # -> (2, N), relative
+        pairs = ((u_z, v_z), (u_y, v_y))
+        parts = [torch.linalg.vector_norm(u, dim=-1) / torch.linalg.vector_norm(v, dim=-1) for u, v in pairs]
+        return torch.nan_to_num(torch.stack(parts), nan=0.0)
+
+    u_z, u_y = _towards_null(plain, program.E, v_z, v_y)
+    if ask and not checks.host_bool((length(u_z, u_y) > _NULL).any()):
+        return factor
+
+    def image(s_z: Tensor, s_y: Tensor) -> tuple[Tensor, Tensor]:
+        return scaled_image(program, factor, s_z, s_y)
+
+    n_z, n_y = null_part(plain, program.E, image, v_z, v_y)
+    primal, dual = (length(n_z, n_y) > _NULL).unbind(0)
+    least = 1e4 * torch.finfo(n_z.dtype).eps
+    seen_z, _ = image(torch.zeros_like(n_z), n_y)
+    curved, moved = image(n_z, torch.zeros_like(n_y))
+    norm = torch.linalg.vector_norm
+    primal = primal & (norm(curved, dim=-1) + norm(moved, dim=-1) <= least * norm(n_z, dim=-1))
+    dual = dual & (norm(seen_z, dim=-1) + norm(factor.compliance * n_y, dim=-1) <= least * norm(n_y, dim=-1))
+    return factor._replace(singular=primal.to(torch.int8) + 2 * dual.to(torch.int8))
+
+
+def scaled_image(program: Program, factor: Factor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply K v, all scaled."""
+    inside = quadratic.matvec(program.Q, v_z) + quadratic.transposed_matvec(program.E, v_y) + factor.stiffness * v_z
+    rows = quadratic.matvec(program.E, v_z) - factor.compliance * v_y
+    return (1.0 - factor.fixed) * inside, factor.active * rows
+
+
+def _probe(size: int, like: Tensor) -> Tensor:  # -> (1, size)
+    """Make up numbers between a half and one and a half, of both signs, without a generator."""
+    place = torch.arange(1, size + 1, dtype=like.dtype, device=like.device)
+    return (torch.sin(12.9898 * place + 0.1) * 43.7585).cos().unsqueeze(0) + 0.5 * torch.sin(place**2).sign()
+
+
+def solve(
+    factor: Factor,
+    Q: Tensor,  # (N or 1, n, n)
+    E: Tensor,  # (N or 1, m, n)
+    r_z: Tensor,  # (N, n)
+    r_y: Tensor,  # (N, m)
+    r_bound: Tensor | None,  # (N, n); None: zero
+    refine: int,
+    *,
+    project: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve the system on the active set, refined against the matrices themselves; see the head of this file.
+
+    `project`: whether to take null spaces off where the factor says there are some; None: ask the host if any has.
+    """
+    column, row, cost = factor.column, factor.row, factor.cost
+    free = 1.0 - factor.fixed
+    pull = free * factor.stiffness / (cost * column**2)
+    compliance = factor.compliance * cost / row**2
+    at = torch.zeros_like(r_z) if r_bound is None else r_bound
+    fixed_z = factor.fixed * at
+
+    def image(u_z: Tensor, u_y: Tensor) -> tuple[Tensor, Tensor]:  # K u, scaled
+        inside = quadratic.matvec(Q, u_z) + quadratic.transposed_matvec(E, u_y) + pull * u_z
+        return free * cost * column * inside, factor.active * row * (quadratic.matvec(E, u_z) - compliance * u_y)
+
+    def inner(s_z: Tensor, s_y: Tensor) -> tuple[Tensor, Tensor]:
+        return image(column * s_z, row * s_y / cost)
+
+    i_z, i_y = image(fixed_z, torch.zeros_like(r_y))
+    right_z = free * cost * column * (r_z + pull * at) - i_z
+    right_y = factor.active * row * r_y - i_y
+    if project is None:
+        project = checks.host_bool((factor.singular > 0).any())
+    if project:
+        right_z, right_y = _without_null(factor, E, inner, right_z, right_y)
+    s_z, s_y = refined(factor, E, inner, right_z, right_y, REFINE + refine)
+    if project:
+        s_z, s_y = _without_null(factor, E, inner, s_z, s_y)
+    u_z, u_y = torch.where(free > 0, column * s_z, fixed_z), row * s_y / cost
+    reaction = r_z - quadratic.matvec(Q, u_z) - quadratic.transposed_matvec(E, u_y)
+    return u_z, u_y, torch.where(free > 0, pull * (u_z - at), reaction)
+
+
+def _without_null(factor: Factor, E: Tensor, image: Image, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the null space off where there is one, in scaled units."""
+    n_z, n_y = null_part(factor, E, image, v_z, v_y)
+    primal, dual = (factor.singular & 1).unsqueeze(-1) > 0, (factor.singular & 2).unsqueeze(-1) > 0
+    return torch.where(primal, v_z - n_z, v_z), torch.where(dual, v_y - n_y, v_y)
+
+
+def condition(program: Program, factor: Factor, iterations: int = 4) -> Tensor:  # -> (N,)
+    """Estimate |K| |K⁻¹| of the scaled system by a few power steps each: a lower bound; inf where it is singular."""
+    batch, n, m = factor.active.shape[0], factor.fixed.shape[-1], factor.active.shape[-1]
+    free = 1.0 - factor.fixed
+    plain = factor._replace(column=torch.ones_like(factor.column), row=torch.ones_like(factor.row))
+
+    def image(v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+        return scaled_image(program, factor, v_z, v_y)
+
+    def inverse(v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
+        return solve_once(plain, program.E, v_z, v_y)
+
+    sizes = []
+    for apply in (image, inverse):
+        v_z = free * _probe(n, factor.chol).expand(batch, n)
+        v_y = factor.active * _probe(m, factor.chol).expand(batch, m)
+        size = v_z.new_zeros(batch, 1)
+        for _ in range(iterations):
+            length = torch.sqrt((v_z**2).sum(-1, keepdim=True) + (v_y**2).sum(-1, keepdim=True))
+            length = torch.where(length > 0, length, 1.0)
+            v_z, v_y = apply(v_z / length, v_y / length)
+        size = torch.sqrt((v_z**2).sum(-1) + (v_y**2).sum(-1))
+        sizes.append(size)
+    estimate = (sizes[0] * sizes[1]).clamp(min=1.0)
+    return torch.where((factor.singular > 0) | torch.isfinite(estimate).logical_not(), torch.inf, estimate)

@@ -1,0 +1,145 @@
+"""The arguments of `solve_qp`: checked at the door and brought to one form.
+
+In that form every tensor has the leading dimensions of the batch, or dimensions of size 1 in their place: what the
+whole batch shares is never copied, is factorised once, and gets its gradient as one sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicit_layers import checks
+from implicit_layers.errors import DeviceError, DtypeError, NonFiniteError, ShapeError
+
+EVENT_NDIM = (2, 1, 2, 1, 2, 1, 1, 1)  # trailing dimensions of Q, p, A, b, G, h, lb, ub
+
+
+class Program(NamedTuple):
+    """The data of a batch of programs."""
+
+    Q: Tensor  # (*B or 1s, n, n)
+    p: Tensor  # (*B or 1s, n)
+    A: Tensor  # (*B or 1s, n_eq, n)
+    b: Tensor  # (*B or 1s, n_eq)
+    G: Tensor  # (*B or 1s, n_ineq, n)
+    h: Tensor  # (*B or 1s, n_ineq); inf: no such row
+    lb: Tensor | None  # (*B or 1s, n); -inf: no such bound
+    ub: Tensor | None  # (*B or 1s, n); inf: no such bound
+
+    @property
+    def batch(self) -> torch.Size:
+        """The batch shape *B."""
+        present = zip(self, EVENT_NDIM, strict=True)
+        return torch.broadcast_shapes(*(t.shape[: t.ndim - k] for t, k in present if t is not None))
+
+
+def at_the_door(
+    Q: Tensor,
+    p: Tensor,
+    A: Tensor | None,
+    b: Tensor | None,
+    G: Tensor | None,
+    h: Tensor | None,
+    lb: Tensor | None,
+    ub: Tensor | None,
+    *,
+    read: bool,
+) -> tuple[Program, bool]:
+    """Check the arguments, their values too where they may and can be read, and bring all to one form.
+
+    Returns: the program, and whether the values were looked at.
+    """
+    for (matrix_name, matrix), (vector_name, vector) in ((("A", A), ("b", b)), (("G", G), ("h", h))):
+        if (matrix is None) != (vector is None):
+            given, missing = (matrix_name, vector_name) if vector is None else (vector_name, matrix_name)
+            raise ShapeError(f"solve_qp: {given} was given without {missing}; they come together")
+    optional = {"A": A, "b": b, "G": G, "h": h, "lb": lb, "ub": ub}
+    tensors = {"Q": Q, "p": p} | {name: tensor for name, tensor in optional.items() if tensor is not None}
+    tensors = _without_autocast(tensors)
+    dtype, device = checks.floating_tensors(**tensors)
+    if device.type == "meta" and type(Q) in (Tensor, torch.nn.Parameter):  # a subclass may hold numbers of its own
+        raise DeviceError("solve_qp: the arguments are on the meta device, which holds no numbers to solve with")
+    if dtype not in (torch.float32, torch.float64):
+        raise DtypeError(f"solve_qp: Q is {dtype}, too coarse for a quadratic program; convert to float32 or float64")
+    Q, p = tensors["Q"], tensors["p"]
+    if Q.ndim < 2 or Q.shape[-1] != Q.shape[-2]:
+        raise ShapeError(f"Q must have shape (*B, n, n), got {tuple(Q.shape)}")
+    n = Q.shape[-1]
+    if n == 0:
+        raise ShapeError(f"Q must have at least one row, got shape {tuple(Q.shape)}")
+    for name in ("p", "lb", "ub"):
+        if name in tensors:
+            checks.trailing_shape(name, tensors[name], (n,), f"to fit Q with n = {n}")
+    rows = []
+    for matrix_name, vector_name in (("A", "b"), ("G", "h")):
+        matrix, vector = tensors.get(matrix_name), tensors.get(vector_name)
+        if matrix is None or vector is None:
+            matrix, vector = p.new_zeros(0, n), p.new_zeros(0)
+        elif matrix.ndim < 2 or matrix.shape[-1] != n:
+            raise ShapeError(f"{matrix_name} must have shape (*B, rows, {n}) to fit Q, got {tuple(matrix.shape)}")
+        else:
+            checks.trailing_shape(vector_name, vector, (matrix.shape[-2],), f"to fit the rows of {matrix_name}")
+        rows += [matrix, vector]
+    A, b, G, h = rows
+    bounds = {name: (tensors[name], 1) for name in ("lb", "ub") if name in tensors}
+    batch = checks.batch_shape(Q=(Q, 2), p=(p, 1), A=(A, 2), b=(b, 1), G=(G, 2), h=(h, 1), **bounds)
+    checked = read and checks.readable(*tensors.values())
+    if checked:  # here, where an index is one of the caller's own tensor
+        refuse_values(tensors)
+    arguments = (Q, p, A, b, G, h, tensors.get("lb"), tensors.get("ub"))
+    forms = (None if t is None else uniform(t, k, batch) for t, k in zip(arguments, EVENT_NDIM, strict=True))
+    return Program(*forms), checked  # type: ignore[arg-type]
+
+
+def uniform(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
+    """Give a tensor the dimensions of the batch, or 1s where the whole batch shares it."""
+    own, event = tensor.shape[: tensor.ndim - event_ndim], tensor.shape[tensor.ndim - event_ndim :]
+    if all(size == 1 for size in own):
+        return tensor.reshape((*(1 for _ in batch), *event))
+    return tensor.expand((*batch, *event))
+
+
+# the infinity that an argument may not hold: no point would satisfy it
+_WRONG_INFINITY = {"h": -torch.inf, "lb": torch.inf, "ub": -torch.inf}
+
+
+def refuse_values(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN, and infinities other than those that mean "no such constraint"; one host synchronisation.
+
+    Raises:
+        NonFiniteError: names the argument and the first offending index.
+    """
+    parts = []
+    for name, tensor in tensors.items():
+        if name not in _WRONG_INFINITY:
+            parts.append(torch.isfinite(tensor.sum()))
+        elif _WRONG_INFINITY[name] > 0:
+            parts.append((tensor < torch.inf).all())
+        else:
+            parts.append((tensor > -torch.inf).all())
+    if checks.host_bool(torch.stack(parts).all()):
+        return
+    checks.finite(**{name: tensor for name, tensor in tensors.items() if name not in _WRONG_INFINITY})
+    for name, wrong in _WRONG_INFINITY.items():
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        bad = tensor.isnan() | (tensor == wrong)
+        if bool(bad.any()):
+            raise NonFiniteError(
+                f"{name}{checks.index_of(bad)} is {float(tensor[bad][0])}: {int(bad.sum())} of {bad.numel()} entries "
+                f"of {name} are NaN or {wrong}, which no point satisfies; {-wrong} means that there is no constraint"
+            )
+
+
+def _without_autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In an autocast region, take half-precision arguments to float32, as autocast does for such operations."""
+    device = next((t.device.type for t in tensors.values() if isinstance(t, Tensor)), "cpu")
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    half = (torch.float16, torch.bfloat16)
+    return {name: t.float() if isinstance(t, Tensor) and t.dtype in half else t for name, t in tensors.items()}

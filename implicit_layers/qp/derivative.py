@@ -1,0 +1,335 @@
+r"""The derivative of a quadratic program's solution, to any order and in both modes.
+
+With K the symmetric KKT matrix on the active constraints (see `kkt.quadratic`), a change of the data moves the solution
+
+    K d(z, ν, λ, μ) = r,   r_z = −(dQ z + dp + dAᵀν + dGᵀλ),   r_ν = db − dA z,   r_λ = dh − dG z   (active rows),
+                           r_μ = the change of the bound that holds an unknown,
+
+where μ = λ_ub − λ_lb is the dual of the bounds. With the adjoint K v = (g_z, g_ν, g_λ, g_μ) the gradients are
+
+    ∂p = −v_z,  ∂Q = −v_z zᵀ,  ∂b = v_ν,  ∂A = −(ν v_zᵀ + v_ν zᵀ),  ∂h = v_λ,  ∂G = −(λ v_zᵀ + v_λ zᵀ),  ∂(bound) = v_μ.
+
+Forward mode solves the first system, reverse mode the second, and derivatives of derivatives the same one again:
+`_KKTSolve` is that one linear solve, with the factors that the forward pass ended with.
+
+Each Function comes twice. The compiler can look into one that has no rules for forward mode and `vmap`, so it gets that
+one; everybody else gets the one with the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit_layers import transforms
+from implicit_layers.errors import UnsupportedError
+from implicit_layers.kkt import quadratic
+from implicit_layers.legacy_vmap import modernised
+from implicit_layers.qp import operators
+from implicit_layers.qp.arguments import EVENT_NDIM, Program
+from implicit_layers.qp.run import KKT_EVENT_NDIM, Outcome, Settings, factor_event_ndim, run, solve_kkt
+
+
+class _ReverseKKT(torch.autograd.Function):
+    """(Q, A, G, r_z, r_nu, r_lam, r_bound, degenerate, active set) to (u_z, u_nu, u_lam, u_bound), where K u = r."""
+
+    @staticmethod
+    def forward(  # one by one: with *tensors the compiler does not know whether there is a context
+        settings: Settings,
+        Q: Tensor,
+        A: Tensor,
+        G: Tensor,
+        r_z: Tensor,
+        r_nu: Tensor,
+        r_lam: Tensor,
+        r_bound: Tensor,
+        degenerate: Tensor,
+        active: Tensor,
+        fixed: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return operators.solve_kkt(settings, Q, A, G, r_z, r_nu, r_lam, r_bound, degenerate, active, fixed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        settings, *tensors = inputs
+        ctx.settings, ctx.tensors = settings, len(tensors)
+        saved = (*tensors[:3], *output, *tensors[7:])
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        settings, needs = ctx.settings, ctx.needs_input_grad[1:4]
+
+        def work(*tensors: Tensor) -> list[Tensor | None]:
+            Q, A, G, u_z, u_nu, u_lam, _, *constants, g_z, g_nu, g_lam, g_bound = tensors
+            v = _solve(settings, Q, A, G, g_z, g_nu, g_lam, g_bound, *constants)
+            matrices = _matrix_gradients(v, (u_z, u_nu, u_lam), needs, (Q, A, G))
+            return [*matrices, *v]
+
+        gradients = modernised(work, (*ctx.saved_tensors, *grads))
+        return (None, *gradients, *(None for _ in range(ctx.tensors - 7)))
+
+
+class _KKTSolve(_ReverseKKT):
+    """The same with any kind of factor instead of the active set, for forward mode and `vmap` too."""
+
+    @staticmethod
+    def forward(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return solve_kkt(settings, *tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        settings = ctx.settings
+
+        def work(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+            with transforms.forward_mode():
+                *saved, d_Q, d_A, d_G, d_z, d_nu, d_lam, d_bound = tensors
+                Q, A, G, u_z, u_nu, u_lam, u_bound, *constants = transforms.primals(saved)  # type: ignore[arg-type]
+                changes = _change_of_residual(d_Q, d_A, d_G, u_z, u_nu, u_lam)
+                rights = (_add(x, y) for x, y in zip(changes, (d_z, d_nu, d_lam), strict=True))
+                d_bound = torch.zeros_like(u_bound) if d_bound is None else d_bound
+                return _solve(settings, Q, A, G, *rights, d_bound, *constants)
+
+        return tuple(modernised(work, (*ctx.saved_tensors, *tangents[:7])))  # type: ignore[arg-type]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], settings: Settings, *tensors: Tensor) -> tuple[Any, Any]:
+        events = (*KKT_EVENT_NDIM, *factor_event_ndim(len(tensors) - len(KKT_EVENT_NDIM)))
+        r_z, dim = tensors[3], in_dims[4]
+        batch = (r_z if dim is None else r_z.movedim(dim, 0)[0]).shape[:-1]
+        moved = map_to_front(info.batch_size, in_dims[1:], tensors, events, batch, slice(3))
+        return _KKTSolve.apply(settings, *moved), (0, 0, 0, 0)
+
+
+def _solve(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Solve the KKT system, differentiably."""
+    function = _ReverseKKT if torch.compiler.is_compiling() else _KKTSolve
+    solution: tuple[Tensor, ...] = function.apply(settings, *tensors)
+    return solution
+
+
+class _ReverseQP(torch.autograd.Function):
+    """(Q, p, A, b, G, h, lb, ub) to the fields of `run.Outcome`, of which z, nu, lam and bound have derivatives."""
+
+    @staticmethod
+    def forward(
+        settings: Settings,
+        Q: Tensor,
+        p: Tensor,
+        A: Tensor,
+        b: Tensor,
+        G: Tensor,
+        h: Tensor,
+        lb: Tensor | None,
+        ub: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        solve = operators.run if torch.compiler.is_compiling() else run
+        return solve(settings, Q, p, A, b, G, h, lb, ub).flat()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        settings, Q, _, A, _, G, _, _, _ = inputs
+        z, nu, lam, bound, *constants = output
+        ctx.settings, ctx.outputs = settings, len(output)
+        ctx.shapes = [None if x is None else x.shape for x in inputs[1:]]
+        ctx.mark_non_differentiable(*constants)
+        ctx.set_materialize_grads(False)
+        saved = (Q, A, G, z, nu, lam, bound, *constants)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads[:4]):  # only the optimal value was used, which asks for no solve
+            return (None,) * 9
+        settings, needs, shapes = ctx.settings, ctx.needs_input_grad[1:], ctx.shapes
+
+        def work(*tensors: Tensor | None) -> list[Tensor | None]:
+            *saved, g_z, g_nu, g_lam, g_bound = tensors
+            Q, A, G, point, bound, outcome = _unpack(settings, saved)  # type: ignore[arg-type]
+            good = outcome.converged.unsqueeze(-1)
+            rights = [
+                torch.zeros_like(like) if grad is None else torch.where(good, grad, 0.0)
+                for grad, like in zip((g_z, g_nu, g_lam, g_bound), (*point, bound), strict=True)
+            ]
+            rights = _first_order_only(settings, rights, outcome.z)
+            v_z, v_nu, v_lam, v_bound = _solve(settings, Q, A, G, *rights, outcome.degenerate, *outcome.factor)
+            grad_Q, grad_A, grad_G = _matrix_gradients(
+                (v_z, v_nu, v_lam), point, (needs[0], needs[2], needs[4]), (Q, A, G)
+            )
+            vectors = (-v_z, v_nu, v_lam, outcome.pull_lb * v_bound, outcome.pull_ub * v_bound)
+            wanted = (1, 3, 5, 6, 7)
+            grad_p, grad_b, grad_h, grad_lb, grad_ub = (
+                vector.sum_to_size(shapes[i]) if needs[i] else None for i, vector in zip(wanted, vectors, strict=True)
+            )
+            return [grad_Q, grad_p, grad_A, grad_b, grad_G, grad_h, grad_lb, grad_ub]
+
+        return None, *modernised(work, (*ctx.saved_tensors, *grads[:4]))
+
+
+class _QP(_ReverseQP):
+    """The same, for forward mode and `vmap` too."""
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        settings = ctx.settings
+
+        def work(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+            with transforms.forward_mode():
+                *saved, d_Q, d_p, d_A, d_b, d_G, d_h, d_lb, d_ub = tensors
+                Q, A, G, point, bound, outcome = _unpack(settings, transforms.primals(saved))  # type: ignore[arg-type]
+                changes = _change_of_residual(d_Q, d_A, d_G, *point)
+                moves = (None if d_p is None else -d_p, d_b, d_h)
+                rights = [_add(x, y) for x, y in zip(changes, moves, strict=True)]
+                rights.append(torch.zeros_like(bound))
+                for pull, d_bound in ((outcome.pull_lb, d_lb), (outcome.pull_ub, d_ub)):
+                    rights[3] = _add(rights[3], None if d_bound is None else pull * d_bound)
+                good = outcome.converged.unsqueeze(-1)
+                rights = _first_order_only(settings, [torch.where(good, right, 0.0) for right in rights], outcome.z)
+                return _solve(settings, Q, A, G, *rights, outcome.degenerate, *outcome.factor)
+
+        moved = modernised(work, (*ctx.saved_tensors, *tangents))
+        return *moved, *(None for _ in range(ctx.outputs - 4))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], settings: Settings, *tensors: Tensor | None) -> tuple[Any, Any]:
+        shapes = (
+            t.shape[: t.ndim - k] if d is None else t.movedim(d, 0).shape[1 : t.ndim - k]
+            for t, d, k in zip(tensors, in_dims[1:], EVENT_NDIM, strict=True)
+            if t is not None
+        )
+        batch = torch.broadcast_shapes(*shapes)
+        moved = map_to_front(info.batch_size, in_dims[1:], tensors, EVENT_NDIM, batch, slice(8))
+        outputs = _QP.apply(settings, *moved)
+        return outputs, (0,) * len(outputs)
+
+
+def differentiable(settings: Settings, program: Program) -> Outcome:
+    """Solve a batch of programs, differentiably."""
+    function = _ReverseQP if torch.compiler.is_compiling() else _QP
+    return Outcome.of(settings.gradient, function.apply(settings, *program))
+
+
+def _unpack(
+    settings: Settings, saved: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor], Tensor, Outcome]:
+    """Take what was saved apart: Q, A, G, the point (z, ν, λ) of the derivative, the bounds' dual, and all of it."""
+    Q, A, G, *outputs = saved
+    outcome = Outcome.of(settings.gradient, tuple(outputs))
+    point = _first_order_only(settings, outcome.smooth, outcome.z) or [outcome.z, outcome.nu, outcome.lam]
+    return Q, A, G, point, outcome.bound, outcome
+
+
+def _first_order_only(settings: Settings, tensors: Sequence[Tensor], witness: Tensor) -> list[Tensor]:
+    """Refuse to be differentiated again where the point of the derivative is not the solution that autograd knows."""
+    if settings.gradient != "smoothed":
+        return list(tensors)
+    return [_FirstOrderOnly.apply(tensor, witness) for tensor in tensors]
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """(x, witness) to x, which may be differentiated again only where the witness is constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, witness: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.needs_input_grad[1]:
+            raise UnsupportedError(
+                'solve_qp: gradient="smoothed" has first derivatives only; use gradient="exact" for higher ones'
+            )
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, d_x: Tensor | None, d_witness: Tensor | None) -> Tensor | None:
+        if d_witness is not None:
+            raise UnsupportedError(
+                'solve_qp: gradient="smoothed" has first derivatives only; use gradient="exact" for higher ones'
+            )
+        return d_x
+
+
+def map_to_front(
+    size: int,
+    in_dims: Sequence[int | None],
+    tensors: Sequence[Tensor | None],
+    events: Sequence[int],
+    batch: torch.Size,
+    data: slice,
+) -> list[Tensor | None]:
+    """Move the mapped dimension of each tensor to the front; data that all problems share keep dimensions of size 1."""
+    may_be_shared = range(len(tensors))[data]
+
+    def move(i: int, tensor: Tensor | None, dim: int | None, event_ndim: int) -> Tensor | None:
+        if tensor is None:
+            return None
+        if dim is not None:
+            tensor = tensor.movedim(dim, 0)
+            return tensor.expand((size, *batch, *tensor.shape[tensor.ndim - event_ndim :]))
+        if i in may_be_shared and tensor.shape[: tensor.ndim - event_ndim].numel() == 1:
+            return tensor.unsqueeze(0)
+        return tensor.expand((size, *tensor.shape))
+
+    each = zip(range(len(tensors)), tensors, in_dims, events, strict=True)
+    return [move(*one) for one in each]
+
+
+def _add(x: Tensor, y: Tensor | None) -> Tensor:
+    """Add what may be missing."""
+    return x if y is None else x + y
+
+
+def _change_of_residual(
+    d_Q: Tensor | None, d_A: Tensor | None, d_G: Tensor | None, z: Tensor, nu: Tensor, lam: Tensor
+) -> list[Tensor]:
+    """Move the matrices' tangents to the right-hand side: −(dQ z + dAᵀν + dGᵀλ), −dA z, −dG z."""
+    r_z, r_nu, r_lam = torch.zeros_like(z), torch.zeros_like(nu), torch.zeros_like(lam)
+    if d_Q is not None:
+        r_z = r_z - 0.5 * (quadratic.matvec(d_Q, z) + quadratic.transposed_matvec(d_Q, z))
+    if d_A is not None:
+        r_z = r_z - quadratic.transposed_matvec(d_A, nu)
+        r_nu = r_nu - quadratic.matvec(d_A, z)
+    if d_G is not None:
+        r_z = r_z - quadratic.transposed_matvec(d_G, lam)
+        r_lam = r_lam - quadratic.matvec(d_G, z)
+    return [r_z, r_nu, r_lam]
+
+
+def outer_sum(left: Tensor, right: Tensor, batch: torch.Size) -> Tensor:
+    """Multiply (*B, m, k) with (*B, k, n); summed over the batch, in one product, where `batch` is 1s."""
+    if batch.numel() != 1 or left.shape[:-2].numel() == 1:
+        return left @ right
+    m, n = left.shape[-2], right.shape[-1]
+    total = left.movedim(-2, 0).reshape(m, -1) @ right.reshape(-1, n)
+    return total.reshape(*batch, m, n)
+
+
+def _matrix_gradients(
+    adjoint: Sequence[Tensor], point: Sequence[Tensor], needed: Sequence[bool], matrices: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Turn an adjoint v and a point into the gradients of Q, A and G, summed where a matrix is shared.
+
+    d(point) = K⁻¹ r with r_z = −(dQ z + dAᵀν + dGᵀλ), r_ν = −dA z, r_λ = −dG z; so ⟨v, r⟩ gives the outer products.
+    Only the symmetric part of Q counts, so its gradient is symmetric: −½(v_z zᵀ + z v_zᵀ).
+    """
+    (v_z, v_nu, v_lam, *_), (z, nu, lam, *_) = adjoint, point
+    pairs = ((z, v_z), (nu, v_nu), (lam, v_lam))
+    weights = (-0.5, -1.0, -1.0)
+    return [
+        outer_sum(torch.stack(pair, dim=-1).mul(weight), torch.stack([v_z, z], dim=-2), matrix.shape[:-2])
+        if need
+        else None
+        for pair, weight, need, matrix in zip(pairs, weights, needed, matrices, strict=True)
+    ]

@@ -1,0 +1,287 @@
+"""From the data of a batch of programs to everything that a solve leaves, and the linear solve of its derivative.
+
+Plain functions of tensors, without derivatives of their own: `derivative` gives them theirs, `operators` makes them
+single operations for the compiler.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicit_layers import checks, transforms
+from implicit_layers.eager import uncompiled
+from implicit_layers.errors import DegenerateGradientWarning, warn
+from implicit_layers.kkt import condensed, quadratic
+from implicit_layers.kkt.program import ActiveSet, Data, relative_residual
+from implicit_layers.qp.arguments import Program, refuse_values
+from implicit_layers.solution import Degeneracy, OnFailure, QPInfo, Status, report_failure
+from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT
+from implicit_layers.solvers.interior_point import InteriorPoint, QPResult
+
+Gradient = Literal["exact", "least_norm", "smoothed"]
+
+KKT_EVENT_NDIM = (2, 2, 2, 1, 1, 1, 1, 0)  # of Q, A, G, the four right-hand sides and `degenerate`
+_FACTORS: dict[int, tuple[Any, tuple[int, ...]]] = {
+    len(form._fields): (form, events)
+    for form, events in ((quadratic.Factor, quadratic.EVENT_NDIM), (condensed.Factor, condensed.EVENT_NDIM))
+}
+_NO_INSIDE = 'gradient="smoothed" also needs a point that satisfies every inequality strictly.'
+_ACTIVE_SET = (1, 1)  # a factor that is not one yet: active rows and fixed unknowns
+
+
+def factor_event_ndim(count: int) -> tuple[int, ...]:
+    """Trailing dimensions of the tensors of a factor, which their number gives away."""
+    return _ACTIVE_SET if count == len(_ACTIVE_SET) else _FACTORS[count][1]
+
+
+class Settings(NamedTuple):
+    """What a solve needs besides tensors."""
+
+    solver: InteriorPoint
+    on_failure: OnFailure = "raise"
+    gradient: Gradient = "exact"
+    smoothing: float = 0.0
+    checked: bool = False  # whether the values of the arguments are known to be fit
+    begin: ActiveSet | None = None  # what to try first
+    elastic: bool = False  # whether rows may be off by their duals, at the price ½|Az − b|² + ½|max(Gz − h, 0)|²
+
+    @property
+    def synchronises(self) -> bool:
+        """Whether values may be read back to the host."""
+        return self.solver.check_every > 0
+
+
+class Outcome(NamedTuple):
+    """What a solve leaves, one entry a problem."""
+
+    z: Tensor  # (*B, n)
+    nu: Tensor  # (*B, n_eq)
+    lam: Tensor  # (*B, n_ineq)
+    bound: Tensor  # (*B, n) λ_ub − λ_lb, or (*B, 0) without bounds
+    pull_lb: Tensor  # like `bound`: the share of a change of lb that the unknown's own condition sees
+    pull_ub: Tensor  # like `bound`: the same for ub
+    degenerate: Tensor  # (*B,) int8, see `Degeneracy`
+    condition: Tensor  # (*B,)
+    status: Tensor  # (*B,) int8, see `solution.Status`
+    converged: Tensor  # (*B,) bool
+    iterations: Tensor  # (*B,) int64
+    residual: Tensor  # (*B,)
+    smooth: tuple[Tensor, ...]  # (z, nu, lam) where the derivative is taken instead of at the solution, or nothing
+    factor: tuple[Tensor, ...]  # the fields of a `quadratic.Factor` or a `condensed.Factor`, or an active set
+
+    @property
+    def info(self) -> QPInfo:
+        """How the solve went."""
+        return QPInfo(self.status, self.converged, self.iterations, self.residual, self.degenerate, self.condition)
+
+    @staticmethod
+    def of(gradient: Gradient, tensors: tuple[Tensor, ...]) -> Outcome:
+        """Take the tensors of `flat` apart again."""
+        end = 15 if gradient == "smoothed" else 12
+        fields: tuple[Any, ...] = (*tensors[:12], tensors[12:end], tensors[end:])
+        return Outcome(*fields)
+
+    def flat(self) -> tuple[Tensor, ...]:
+        """All tensors in a row."""
+        *single, smooth, factor = self
+        return *single, *smooth, *factor
+
+
+@uncompiled
+def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Outcome:
+    """Solve a batch of programs; the tensors are those of `arguments.Program`.
+
+    Without `factor` the active set is kept instead of the factor on it, so that the sizes of what is returned do not
+    depend on how the programs were solved.
+    """
+    program = Program(*tensors)  # type: ignore[arg-type]
+    solver = settings.solver
+    if settings.synchronises and not settings.checked:
+        refuse_values({name: t for name, t in zip(Program._fields, program, strict=True) if t is not None})
+    batch, dtype, n_eq = program.batch, program.p.dtype, program.b.shape[-1]
+    bounded = program.lb is not None or program.ub is not None
+    with transforms.full_precision(program.p.device):
+        data = _flat(program, batch, dtype if solver.precision == "native" else torch.float64)
+        if settings.elastic:
+            data = data._replace(compliance=data.p.new_ones(1, 1).expand(1, data.E.shape[-2]))
+        rounding = torch.finfo(dtype).eps
+        if settings.synchronises:
+            data = data._replace(Q=quadratic.convex(data.Q, batch, rounding))
+        result = solver.solve(data, batch.numel(), settings.begin)
+        if settings.synchronises and rounding > torch.finfo(data.p.dtype).eps:
+            data, result = _despite_rounding(solver, data, batch.numel(), result, rounding)
+        z, y, bound = (t.to(dtype) for t in (result.z, result.y, result.bound))
+        residual = result.info.residual
+        if dtype != result.z.dtype:  # judge what is returned, not what was rounded away
+            rounded = relative_residual(data, *(t.to(result.z.dtype) for t in (z, y, bound)))
+            residual = torch.maximum(residual, rounded)
+        smooth, pulls, made, central = _derivative_at(settings, data, batch.numel(), result, factor)
+    representable = torch.isfinite(z).all(-1) & torch.isfinite(y).all(-1) & torch.isfinite(bound).all(-1) & central
+    status = result.info.status
+    failed = torch.where(status == int(Status.CONVERGED), int(Status.NOT_CONVERGED), status)
+    status = torch.where(representable, status, failed).to(torch.int8)
+    converged = status == int(Status.CONVERGED)
+
+    def shaped(tensor: Tensor) -> Tensor:  # forward-mode differentiation refuses outputs that are views
+        return tensor.to(dtype).reshape(*batch, *tensor.shape[1:]).clone()
+
+    bound, pull_lb, pull_ub = (shaped(t if bounded else t[:, :0]) for t in (bound, *pulls))
+    outcome = Outcome(
+        shaped(z),
+        shaped(y[:, :n_eq]),
+        shaped(y[:, n_eq:]),
+        bound,
+        pull_lb,
+        pull_ub,
+        torch.where(converged, result.degenerate, 0).to(torch.int8).reshape(batch),
+        result.condition.to(dtype).reshape(batch),
+        status.reshape(batch),
+        converged.reshape(batch),
+        result.info.iterations.reshape(batch),
+        residual.to(dtype).reshape(batch),
+        tuple(shaped(t) for t in smooth),
+        tuple(quadratic.expand(t, k, batch) for t, k in zip(made, factor_event_ndim(len(made)), strict=True)),
+    )
+    report_failure(
+        outcome.info,
+        settings.on_failure,
+        what="solve_qp",
+        tol=solver.tolerance(dtype),
+        max_iter=solver.max_iter,
+        hint=_NO_INSIDE if settings.gradient == "smoothed" else "",
+    )
+    return outcome
+
+
+def _despite_rounding(
+    solver: InteriorPoint, data: Data, batch: int, result: QPResult, rounding: float
+) -> tuple[Data, QPResult]:
+    """Solve what is infeasible only because its data were rounded before they came: nearest right-hand sides agree."""
+    infeasible = result.info.status == int(Status.INFEASIBLE)
+    if not checks.host_bool(infeasible.any()):
+        return data, result
+    nothing = (torch.zeros_like(data.Q), torch.zeros_like(data.p))
+    elastic = data._replace(Q=nothing[0], p=nothing[1], compliance=torch.ones_like(data.f[:1]))
+    nearest = solver.solve(elastic, batch)
+    terms = data.f.abs() + quadratic.matvec(data.E.abs(), nearest.z.abs())
+    small = infeasible & (nearest.y.abs() <= 4 * data.E.shape[-1] * rounding * terms).all(-1)
+    if not checks.host_bool(small.any()):
+        return data, result
+    data = data._replace(f=data.f + torch.where(small.unsqueeze(-1), nearest.y, 0.0))
+    return data, solver.solve(data, batch)
+
+
+def _derivative_at(
+    settings: Settings, data: Data, batch: int, result: QPResult, factor: bool
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor], tuple[Tensor, ...], Tensor]:
+    """Say where the derivative is taken, which bounds pull how, with what factor, and whether there is such a point."""
+    if settings.gradient != "smoothed":
+        pulls = ((result.fixed < 0).to(result.z.dtype), (result.fixed > 0).to(result.z.dtype))
+        return (), pulls, tuple(result.factor) if factor else (result.active, result.fixed), result.info.converged
+    point = settings.solver.solve_barrier(data, batch, settings.smoothing)
+    whole = torch.where(point.stiffness > 0, point.stiffness, 1.0)
+    pulls = (
+        torch.where(point.fixed != 0, point.fixed < 0, point.stiffness_lb / whole),
+        torch.where(point.fixed != 0, point.fixed > 0, point.stiffness_ub / whole),
+    )
+    made = condensed.factorise(data, point.active, point.fixed, compliance=point.compliance, stiffness=point.stiffness)
+    smooth = (point.z, point.y[:, : data.n_eq], point.y[:, data.n_eq :])
+    return smooth, pulls, tuple(made), point.converged
+
+
+@uncompiled
+def solve_kkt(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Solve the KKT system on the active set, K u = r.
+
+    Args: Q, A, G, r_z, r_nu, r_lam, r_bound, degenerate and the tensors of a factor.
+    """
+    Q, A, G, r_z, r_nu, r_lam, r_bound, degenerate, *factor = tensors
+    batch, dtype, n_eq = r_z.shape[:-1], r_z.dtype, r_nu.shape[-1]
+    refine, project = REFINE_DEPENDENT, True
+    if settings.gradient == "exact" and settings.synchronises:
+        project = _warn_of_degeneracy(degenerate)
+        refine = REFINE_DEPENDENT if project else REFINE
+    with transforms.full_precision(r_z.device):
+        parts = [quadratic.unexpand(t, k, batch) for t, k in zip(factor, factor_event_ndim(len(factor)), strict=True)]
+        compute = parts[0].dtype
+        Q, A, G = (quadratic.unexpand(t, 2, batch).to(compute) for t in (Q, A, G))
+        E = stack_rows(A, G)
+        right_z, right_y, right_bound = (
+            t.reshape(batch.numel(), t.shape[-1]).to(compute) for t in (r_z, torch.cat([r_nu, r_lam], dim=-1), r_bound)
+        )
+        Q = quadratic.symmetric(Q)
+        if len(parts) == len(_ACTIVE_SET):
+            form, made = condensed, condensed.factorise(_matrices(Q, E, n_eq), *parts)
+        else:
+            kind, _ = _FACTORS[len(parts)]
+            form, made = (quadratic if kind is quadratic.Factor else condensed), kind(*parts)
+        held = right_bound if right_bound.shape[-1] else None
+        u_z, u_y, u_bound = form.solve(made, Q, E, right_z, right_y, held, refine, project=project)
+        if held is None:
+            u_bound = u_bound[:, :0]
+    u_nu, u_lam = u_y.to(dtype).reshape(*batch, u_y.shape[-1]).split([n_eq, r_lam.shape[-1]], dim=-1)
+    return (
+        u_z.to(dtype).reshape(r_z.shape).clone(),
+        u_nu.clone(),
+        u_lam.clone(),
+        u_bound.to(dtype).reshape(r_bound.shape).clone(),
+    )
+
+
+def _flat(program: Program, batch: torch.Size, dtype: torch.dtype) -> Data:
+    """Bring the batch to one dimension, stack the rows and take the symmetric part of Q."""
+    Q, p, A, b, G, h, lb, ub = program
+    Q, p, A, b, G, h = (
+        quadratic.unexpand(t, k, batch).to(dtype) for t, k in ((Q, 2), (p, 1), (A, 2), (b, 1), (G, 2), (h, 1))
+    )
+    lower, upper = (None if t is None else quadratic.unexpand(t, 1, batch).to(dtype) for t in (lb, ub))
+    f = stack_rows(b.unsqueeze(-1), h.unsqueeze(-1)).squeeze(-1)
+    return Data(quadratic.symmetric(Q), p, stack_rows(A, G), f, lower, upper, b.shape[-1])
+
+
+def _matrices(Q: Tensor, E: Tensor, n_eq: int) -> Data:
+    """A program of which only the matrices count."""
+    return Data(Q, Q.new_zeros(1, Q.shape[-1]), E, Q.new_zeros(1, E.shape[-2]), None, None, n_eq)
+
+
+def stack_rows(A: Tensor, G: Tensor) -> Tensor:
+    """Stack the rows of A and G, both flattened: (N or 1, m, n)."""
+    if A.shape[-2] == 0 or G.shape[-2] == 0:
+        return G if A.shape[-2] == 0 else A
+    size = max(A.shape[0], G.shape[0])
+    return torch.cat([A.expand(size, -1, -1), G.expand(size, -1, -1)], dim=-2)
+
+
+def _warn_of_degeneracy(degenerate: Tensor) -> bool:
+    """Say which problems have no unique derivative; returns whether there are any."""
+    if not checks.host_bool((degenerate != 0).any()):
+        return False
+    for flag, what in _DEGENERATE.items():
+        where = (degenerate & int(flag)) != 0
+        if checks.host_bool(where.any()):
+            first = f" (first: index {checks.index_of(where)})" if where.ndim else ""
+            warn(
+                f"solve_qp: {int(where.sum())} of {where.numel()} problems{first} have {what}. "
+                'Pass gradient="least_norm" to take that derivative without this warning, or gradient="smoothed".',
+                DegenerateGradientWarning,
+            )
+    return True
+
+
+_DEGENERATE = {
+    Degeneracy.DEPENDENT: (
+        "active constraints that depend on each other, so that duals and derivatives are not unique; those of least "
+        "norm are used. Remove duplicated or redundant rows"
+    ),
+    Degeneracy.WEAK: (
+        "a constraint that is only just active (its dual and its slack are both zero), where the solution has a kink; "
+        "the derivative to one side is used"
+    ),
+    Degeneracy.PRIMAL: (
+        "more than one minimiser; the one of least norm is returned, and directions in which it would jump get no "
+        "derivative"
+    ),
+}

@@ -1,0 +1,184 @@
+r"""Quadratic programs as layers: solved by an interior point, differentiated through their KKT conditions.
+
+min ½ zᵀQz + pᵀz   subject to   A z = b,   G z ≤ h,   lb ≤ z ≤ ub
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from implicit_layers import checks
+from implicit_layers.eager import transforms_at_work, uncompiled
+from implicit_layers.errors import ArgumentError, ArgumentTypeError, ShapeError
+from implicit_layers.kkt import quadratic
+from implicit_layers.kkt.program import ActiveSet
+from implicit_layers.qp.arguments import Program, at_the_door
+from implicit_layers.qp.derivative import differentiable
+from implicit_layers.qp.run import Gradient, Outcome, Settings
+from implicit_layers.qp.value import optimal_value
+from implicit_layers.solution import OnFailure, QPShift, QPSolution, Status, check_on_failure
+from implicit_layers.solvers.interior_point import InteriorPoint
+
+Infeasible = Literal["raise", "nearest"]
+_GRADIENTS = get_args(Gradient)  # asked once: the compiler of older PyTorch cannot
+_INFEASIBLE = get_args(Infeasible)
+
+
+def solve_qp(
+    Q: Tensor,  # (*B, n, n)
+    p: Tensor,  # (*B, n)
+    *,
+    A: Tensor | None = None,  # (*B, n_eq, n)
+    b: Tensor | None = None,  # (*B, n_eq)
+    G: Tensor | None = None,  # (*B, n_ineq, n)
+    h: Tensor | None = None,  # (*B, n_ineq)
+    lb: Tensor | None = None,  # (*B, n)
+    ub: Tensor | None = None,  # (*B, n)
+    solver: InteriorPoint | None = None,
+    on_failure: OnFailure = "raise",
+    gradient: Gradient = "exact",
+    smoothing: float = 1e-3,
+    infeasible: Infeasible = "raise",
+    warm_start: QPSolution | None = None,
+) -> QPSolution:
+    r"""Solve a batch of convex quadratic programs, linear programs among them, with gradients to all data.
+
+    Problem:  z* = argmin_z ½ zᵀQz + pᵀz  subject to  A z = b,  G z ≤ h,  lb ≤ z ≤ ub;
+              duals from L = ½zᵀQz + pᵀz + νᵀ(Az−b) + λᵀ(Gz−h) + λ_ubᵀ(z−ub) − λ_lbᵀ(z−lb),  λ, λ_lb, λ_ub ≥ 0.
+
+    Args:
+        Q: (*B, n, n) positive semidefinite, zero for a linear program; only its symmetric part ½(Q + Qᵀ) is used.
+        p: (*B, n).
+        A, b: (*B, n_eq, n) and (*B, n_eq), together or not at all. Rows may depend on each other.
+        G, h: (*B, n_ineq, n) and (*B, n_ineq), together or not at all. Where h is inf there is no such row.
+        lb, ub: (*B, n), each may be left out. -inf and inf mean that there is no such bound; lb = ub fixes an unknown.
+        solver: an `InteriorPoint`; default `InteriorPoint()`.
+        on_failure: "raise", or "warn" / "ignore": problems that fail keep their last iterate, get zero gradient and
+            are marked in `info`; their neighbours are untouched. Data that are refused raise in any case.
+        gradient: "exact", the derivative of the solution; "least_norm", the same, without a warning where it is not
+            unique; "smoothed", that of the minimiser of ½ zᵀQz + pᵀz − μ Σ log(slacks of G z ≤ h, lb ≤ z ≤ ub), which
+            is not zero at the vertices of a linear program. The solution itself is exact with all three.
+        smoothing: μ > 0, in the unit of the cost.
+        infeasible: "nearest": where no point satisfies the constraints, those of A z = b, G z ≤ h are moved by the
+            shift of least norm that lets one (bounds stay), and `shift` says how far; that too is differentiated.
+        warm_start: a solution of a similar batch of programs of the same sizes; its active set is tried first. Where
+            few constraints change, a solve then takes one or two factorisations; the answer is the same. Left aside
+            under `torch.func` transforms, while compiling and with `check_every=0`.
+        Leading dimensions *B broadcast. What is shared by the batch is not copied.
+
+    Returns:  QPSolution(z, nu, lam, s, info, lam_lb, lam_ub, value, shift), in the dtype and on the device of the data;
+              s = h − Gz. `info` has one entry a problem: status, converged, iterations, residual, degenerate (flags
+              that say why the derivative is not unique, see `Degeneracy`), condition (of the derivative's system).
+              Where the minimiser is not unique, z is the one of least Euclidean norm.
+    Gradient: of z, nu, lam, s, lam_lb, lam_ub, value with respect to Q, p, A, b, G, h, lb, ub: one batched solve with
+              the transposed KKT matrix on the active constraints, reusing the factor of the forward pass; any order,
+              forward and reverse mode ("smoothed": first order). That of `value` is the Lagrangian's and takes no
+              solve. Where a constraint is weakly active (λ = s = 0), the derivative to one side; where active rows
+              depend on each other, that of least norm; where the minimiser is not unique, none in directions in which
+              it jumps; all three with a `DegenerateGradientWarning` in the backward pass. A parameter shared by the
+              batch gets the sum of the gradients.
+    Raises:   DtypeError, DeviceError, ShapeError, NonFiniteError: naming the argument (and index).
+              NotPositiveDefiniteError: Q is not positive semidefinite, naming the problem.
+              InfeasibleError, UnboundedError: proven to working precision.
+              ConvergenceError: the KKT residual stayed above the solver's tolerance.
+              UnsupportedError: a second derivative of "smoothed".
+    Cost:     time O(k (m n² + n³)) or, for positive definite Q without bounds and m < 2n rows, O(n³ + n²m + k m³) a
+              problem, k ≈ 10 factorisations. Memory for backward O(n² + m² + n m), whatever the iterations.
+    Source:   Amos & Kolter (2017), OptNet, arXiv:1703.00443; Mehrotra (1992); Pougkakiotis & Gondzio (2021),
+              arXiv:1904.10369.
+
+    >>> Q, p = torch.eye(2), torch.tensor([-1.0, -4.0])
+    >>> solution = solve_qp(Q, p, ub=torch.tensor([2.0, 3.0]))
+    >>> solution.z, solution.lam_ub
+    (tensor([1., 3.]), tensor([0., 1.]))
+    """
+    check_on_failure(on_failure)
+    if gradient not in _GRADIENTS:
+        raise ArgumentError(f"gradient must be one of {_GRADIENTS}, got {gradient!r}")
+    if infeasible not in _INFEASIBLE:
+        raise ArgumentError(f"infeasible must be one of {_INFEASIBLE}, got {infeasible!r}")
+    checks.positive("smoothing", smoothing)
+    solver = InteriorPoint() if solver is None else solver
+    if not isinstance(solver, InteriorPoint):
+        raise ArgumentTypeError(f"solve_qp: solver must be an InteriorPoint, got {type(solver).__name__}")
+    program, checked = at_the_door(Q, p, A, b, G, h, lb, ub, read=solver.check_every > 0)
+    begin = None if warm_start is None else _active_set(warm_start, program, solver)
+    settings = Settings(solver, on_failure, gradient, smoothing if gradient == "smoothed" else 0.0, checked, begin)
+    if infeasible == "nearest":
+        return _solve_nearest(settings, program)
+    # the compiler traces the derivative but for vmap and forward mode, whose rules it cannot take
+    whole = gradient != "smoothed" and not transforms_at_work() & {"Vmap", "Jvp"}
+    if torch.compiler.is_compiling() and whole:
+        return _solution(differentiable(settings, program), program, None)
+    return _solve_eagerly(settings, program)
+
+
+@uncompiled
+def _solve_eagerly(settings: Settings, program: Program) -> QPSolution:
+    """Solve; the compiler leaves this whole, instead of tracing its way to the first question of data."""
+    return _solution(differentiable(settings, program), program, None)
+
+
+@uncompiled
+def _solve_nearest(settings: Settings, program: Program) -> QPSolution:
+    """Solve; where that is infeasible, move b and h by the least-norm shift and solve again.
+
+    The shifts t of min ½|t|² subject to A z = b + t_b, G z ≤ h + t_h, lb ≤ z ≤ ub are the duals of the elastic program
+    min ½|Az − b|² + ½|max(Gz − h, 0)|² subject to lb ≤ z ≤ ub, whose derivative is the same linear system again.
+    """
+    with torch.no_grad():
+        first = differentiable(settings._replace(on_failure="ignore", gradient="least_norm"), _detached(program))
+    impossible = first.status == int(Status.INFEASIBLE)
+    if not checks.host_bool(impossible.any()):
+        return _solution(differentiable(settings, program), program, None)
+    elastic = settings._replace(on_failure="ignore", gradient="least_norm", elastic=True)
+    nearest = differentiable(elastic, program._replace(Q=torch.zeros_like(program.Q), p=torch.zeros_like(program.p)))
+    where = impossible.unsqueeze(-1)
+    shift = QPShift(torch.where(where, nearest.nu, 0.0), torch.where(where, nearest.lam, 0.0))
+    moved = program._replace(b=program.b + shift.b, h=program.h + shift.h)
+    return _solution(differentiable(settings, moved), moved, shift)
+
+
+def _active_set(solution: QPSolution, program: Program, solver: InteriorPoint) -> ActiveSet | None:
+    """The active set of a solution, flat; None where it cannot be used."""
+    if not isinstance(solution, QPSolution):
+        raise ArgumentTypeError(f"solve_qp: warm_start must be a QPSolution, got {type(solution).__name__}")
+    batch, n, n_eq, n_ineq = program.batch, program.p.shape[-1], program.b.shape[-1], program.h.shape[-1]
+    for name, tensor, size in (("z", solution.z, n), ("nu", solution.nu, n_eq), ("lam", solution.lam, n_ineq)):
+        if tensor.shape != (*batch, size):
+            raise ShapeError(
+                f"solve_qp: warm_start has {name} of shape {tuple(tensor.shape)}, but these programs have "
+                f"{(*batch, size)}"
+            )
+    if torch.compiler.is_compiling() or transforms_at_work() or solver.check_every == 0:
+        return None
+    rows = torch.cat([torch.ones_like(solution.nu), (solution.lam > 0).to(solution.lam.dtype)], dim=-1)
+    fixed = (solution.lam_ub > 0).to(rows.dtype) - (solution.lam_lb > 0).to(rows.dtype)
+    dtype = rows.dtype if solver.precision == "native" else torch.float64
+    count = batch.numel()
+    return ActiveSet(rows.detach().reshape(count, rows.shape[-1]).to(dtype), fixed.detach().reshape(count, n).to(dtype))
+
+
+def _detached(program: Program) -> Program:
+    """The same data, without their history."""
+    return Program(*(None if t is None else t.detach() for t in program))  # type: ignore[arg-type]
+
+
+def _solution(outcome: Outcome, program: Program, shift: QPShift | None) -> QPSolution:
+    """Put together what the caller gets."""
+    z, nu, lam, bound = outcome[:4]
+    held = bound if bound.shape[-1] else z.new_zeros(1).expand(z.shape)
+    return QPSolution(
+        z,
+        nu,
+        lam,
+        program.h - quadratic.matvec(program.G, z),
+        outcome.info,
+        torch.where(held < 0, -held, 0.0),
+        torch.where(held > 0, held, 0.0),
+        optimal_value(outcome, program),
+        QPShift(torch.zeros_like(nu), torch.zeros_like(lam)) if shift is None else shift,
+    )

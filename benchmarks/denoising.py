@@ -54,10 +54,10 @@ def differences(length: int) -> Tensor:  # (length - 1, length)
 
 
 def estimate(D: Tensor, y: Tensor) -> Tensor:  # (m, n) or (N, m, n), (N, n) -> (N, n)
-    """The minimiser z, through its dual."""
+    """The minimiser z, through its dual; a solve that fails warns, and gives its signal no gradient."""
     one = torch.ones(D.shape[-2], dtype=torch.float64)
     p = -(D @ y.unsqueeze(-1)).squeeze(-1)
-    u = il.solve_qp(D @ D.mT + CORNER * one.diag(), p, lb=-one, ub=one, gradient="least_norm").z
+    u = il.solve_qp(D @ D.mT + CORNER * one.diag(), p, lb=-one, ub=one, gradient="least_norm", on_failure="warn").z
     return y - (u.unsqueeze(-2) @ D).squeeze(-2)
 
 

@@ -122,7 +122,7 @@ TASKS = (Task("quadratic program, Q = 0.1 I", 0.1), Task("linear program, Q = 0"
 def train(
     task: Task, training: Boards, test: Boards, *, steps: int, batch: int, lr: float, seed: int, every: int = 25
 ) -> dict[str, Any]:
-    """Adam on the mean squared error; the loss curve, with the share of test boards right along it."""
+    """Adam on the mean squared error; the loss curve, with the share of 200 test boards right along it."""
     torch.manual_seed(seed)
     model = Rules(task.epsilon, task.gradient, task.smoothing)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
@@ -144,8 +144,8 @@ def train(
         mean = loss.item() if step == 1 else 0.9 * mean + 0.1 * loss.item()
         if step % every == 0 or step == steps:
             with torch.no_grad():
-                z = model(test.given, "ignore").z
-            curve.append([step, float(f"{mean:.3g}"), round(right(z, test.solved), 4)])
+                z = model(test.given[:200], "ignore").z
+            curve.append([step, float(f"{mean:.3g}"), round(right(z, test.solved[:200]), 4)])
     with torch.no_grad():
         found = model(test.given, "ignore")
         A = model.M @ model.B
@@ -171,8 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(prog="python -m benchmarks.sudoku", description=__doc__.splitlines()[0])
     arguments.add_argument("--quick", action="store_true", help="a few steps on few boards, to see that it runs")
     arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--steps", type=int, default=800)
-    arguments.add_argument("--batch", type=int, default=100)
+    arguments.add_argument("--steps", type=int, default=700)
+    arguments.add_argument("--batch", type=int, default=50)
     arguments.add_argument("--lr", type=float, default=0.02)
     arguments.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = arguments.parse_args(argv)
@@ -186,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row)
         print(
             f"{row['problem']}: {row['test_right']:.1%} of {row['test_boards']} unseen boards right, "
-            f"mean squared error {row['test_mse']:.1e}, {row['seconds']:.0f} s"
+            f"mean squared error {row['test_mse']:.1e}, {row['seconds']:.0f} s",
+            flush=True,
         )
     head = {"suite": "sudoku", "quick": options.quick, "environment": environment("cpu", options.seed)}
     options.out.mkdir(parents=True, exist_ok=True)

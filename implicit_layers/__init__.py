@@ -1,5 +1,6 @@
 """Layers defined by a condition: the output solves a system, the gradient comes from the implicit function theorem."""
 
+from implicit_layers import compat as compat
 from implicit_layers import nn as nn
 from implicit_layers import projections as projections
 from implicit_layers import testing as testing

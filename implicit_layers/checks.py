@@ -169,7 +169,7 @@ def finite(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         bad = ~torch.isfinite(tensor)
         if bool(bad.any()):
-            value, count = float(tensor[bad][0]), int(bad.sum())
+            value, count = float(tensor[bad][0].detach()), int(bad.sum())
             verb = "is" if count == 1 else "are"
             raise NonFiniteError(
                 f"{name}{index_of(bad)} is {value}: {count} of {bad.numel()} entries of {name} {verb} not finite"

@@ -63,6 +63,7 @@ def test_no_tensor_at_all_is_refused():
         (torch.tensor([1.0, float("nan"), 2.0]), r"p\[1\] is nan: 1 of 3 entries of p is not finite"),
         (torch.tensor([[1.0, 2.0], [float("inf"), float("nan")]]), r"p\[1, 0\] is inf: 2 of 4 entries of p are not"),
         (torch.tensor([float("-inf")]), r"p\[0\] is -inf: 1 of 1 entries"),
+        (torch.tensor([float("inf")], requires_grad=True), r"p\[0\] is inf: 1 of 1 entries of p is not finite"),
         (torch.tensor(float("nan")), r"p is nan: 1 of 1 entries of p is not finite"),
         (torch.tensor([1.0, float("nan")], dtype=torch.bfloat16), r"p\[1\] is nan"),
     ],

@@ -537,7 +537,7 @@ def test_choices_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="nearest"):
         il.solve_qp(torch.eye(2), torch.ones(2), gradient="smoothed", infeasible="nearest")
     for wrong in ({"gradient": "clever"}, {"smoothing": -1.0}, {"infeasible": "x"}, {"lb": 1.0, "ub": 0.0}):
-        with pytest.raises(ValueError):  # noqa: PT011 - the messages are those of solve_qp
+        with pytest.raises(ValueError):
             il.nn.QPLayer(3, **wrong)  # type: ignore[arg-type]
     G = tensor([1.0], [-1.0])
     with pytest.raises(il.ConvergenceError, match="satisfies every inequality strictly"):

@@ -336,7 +336,7 @@ def _warn_of_degeneracy(degenerate: Tensor) -> bool:
 
 _DEGENERATE = {
     Degeneracy.DEPENDENT: (
-        "active constraints that depend on each other, so that neither duals nor derivatives are unique; the derivative "
+        "active constraints that depend on each other, so that duals and derivatives are not unique; the derivative "
         "of least norm is used. Remove duplicated or redundant rows"
     ),
     Degeneracy.WEAK: (

@@ -13,7 +13,8 @@ VERSION = re.search(
 CVXPY = ["cvxpy>=1.5"]
 EXAMPLES = ["scikit-learn>=1.3", "matplotlib>=3.7", "tqdm>=4.60"]
 NOTEBOOKS = [*EXAMPLES, "nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20"]
-# qpth, the rival in the benchmarks, asks for numpy<2 and runs with numpy 2: `pip install --no-deps qpth` beside this.
+# The peers in the benchmarks are installed beside this, as benchmarks/contenders.py says; qpth asks for numpy<2 and
+# runs with numpy 2, so `pip install --no-deps qpth`.
 BENCH = [*EXAMPLES, *CVXPY, "scipy>=1.10"]
 TEST = [
     *NOTEBOOKS,

@@ -1,4 +1,4 @@
-"""Problems by name. Each generator states its formula and where it comes from, and depends on its seed alone."""
+"""Quadratic programs by name. Each generator states its formula and its source, and depends on its seed alone."""
 
 from __future__ import annotations
 
@@ -99,39 +99,143 @@ def known_solution(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) ->
     return QP(Q, p, A, matvec(A, z), G, matvec(G, z) + s, draw.normal(n))
 
 
+def optnet(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
+    """One Q, G, A for the whole batch: L = tril(U) + I, Q = L Lᵀ + 10⁻³ I; G, A, z₀ = N; h = G z₀ + 1; b = A z₀; p = N.
+
+    OptNet, profile/optnet-forward.py, n in {10, 100, 200}; c = 1.
+    """
+    one, draw = Draw(1, seed), Draw(batch, seed + 1)
+    L = one.uniform(n, n).tril() + torch.eye(n, dtype=torch.float64)
+    Q = L @ L.mT + 1e-3 * torch.eye(n, dtype=torch.float64)
+    G, A, z0 = one.normal(n_ineq, n), one.normal(n_eq, n), one.normal(n)
+    p = draw.normal(n)
+    shared = (t.repeat(batch, *[1] * (t.ndim - 1)) for t in (Q, A, matvec(A, z0), G, matvec(G, z0) + 1.0))
+    Q, A, b, G, h = shared
+    return QP(Q, p, A, b, G, h, torch.ones_like(p))
+
+
+def scqpth(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
+    """Two-sided rows l ≤ Az ≤ u as G = [A; −A]: M = N∘coin(0.5), Q = MᵀM + 0.01 I; p = N; A = N∘coin(0.15); l, u = ∓U.
+
+    SCQPTH, utils.py, with n or 2n rows of A; `n_ineq` is twice their number, an empty row gets one entry; c = N.
+    """
+    if n_eq or n_ineq % 2:
+        raise ValueError(f"this family has no equalities and rows in pairs, got n_eq = {n_eq}, n_ineq = {n_ineq}")
+    draw, m = Draw(batch, seed), n_ineq // 2
+    M = draw.normal(n, n) * (draw.uniform(n, n) < 0.5)
+    rows = draw.normal(m, n) * (draw.uniform(m, n) < 0.15)
+    empty = (rows == 0).all(-1)
+    rows[..., 0] = torch.where(empty, 1.0, rows[..., 0])
+    Q = M.mT @ M + 0.01 * torch.eye(n, dtype=torch.float64)
+    h = draw.uniform(n_ineq)
+    A = draw.normal(0, n)
+    return QP(Q, draw.normal(n), A, A.new_zeros(batch, 0), torch.cat([rows, -rows], -2), h, draw.normal(n))
+
+
+def alt_diff(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 100) -> QP:
+    """Q = RᵀR + 10⁻⁶ I, R = N(n, n); p, A, b, G, h = N: feasible since n_ineq + n_eq < n; c = 1.
+
+    Alt-Diff, data_generation.py, without the multiple of I.
+    """
+    if n_ineq + n_eq >= n:
+        raise ValueError(f"this family is feasible for n_ineq + n_eq < n, got {n_ineq} + {n_eq} and n = {n}")
+    draw = Draw(batch, seed)
+    R = draw.normal(n, n)
+    p, A, b, G, h = draw.normal(n), draw.normal(n_eq, n), draw.normal(n_eq), draw.normal(n_ineq, n), draw.normal(n_ineq)
+    return QP(R.mT @ R + 1e-6 * torch.eye(n, dtype=torch.float64), p, A, b, G, h, torch.ones_like(p))
+
+
+def bpqp(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
+    """Q = UᵀU + 10⁻³ I; p, A, G = U; one z₀ = U with h = G z₀ (no slack) and b = A z₀; c = 1.
+
+    BPQP's notebook, (n, n_eq = n_ineq) = (10, 5), (50, 10), (100, 20), (500, 100), but for b, which is U there, so that
+    the equalities may contradict the rest.
+    """
+    draw = Draw(batch, seed)
+    U, p, A, G, z0 = (
+        draw.uniform(n, n),
+        draw.uniform(n),
+        draw.uniform(n_eq, n),
+        draw.uniform(n_ineq, n),
+        draw.uniform(n),
+    )
+    Q = U.mT @ U + 1e-3 * torch.eye(n, dtype=torch.float64)
+    return QP(Q, p, A, matvec(A, z0), G, matvec(G, z0), torch.ones_like(p))
+
+
+def dqp(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
+    """P = U(n, n), Q = P Pᵀ + 10⁻⁴ I; p, G, A = U; h = G 1 + 1; b = A 1; c = 1.
+
+    dQP, exp_utils.py, with n_ineq = n and n_eq = ⌈n/2⌉.
+    """
+    draw = Draw(batch, seed)
+    P = draw.uniform(n, n)
+    Q = P @ P.mT + 1e-4 * torch.eye(n, dtype=torch.float64)
+    p, G, A = draw.uniform(n), draw.uniform(n_ineq, n), draw.uniform(n_eq, n)
+    return QP(Q, p, A, A.sum(-1), G, G.sum(-1) + 1.0, torch.ones_like(p))
+
+
+def simplex_projection(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
+    """Q = I, p = N, z ≥ 0, Σz = 1: n_ineq = n and n_eq = 1. dQP's simplex family, n up to 10⁵; c = N."""
+    if (n_ineq, n_eq) != (n, 1):
+        raise ValueError(f"this family has n_ineq = n and n_eq = 1, got {n_ineq} and {n_eq}")
+    draw = Draw(batch, seed)
+    eye = torch.eye(n, dtype=torch.float64).repeat(batch, 1, 1)
+    A = eye.new_ones(batch, 1, n)
+    return QP(eye, draw.normal(n), A, A[..., 0], -eye, eye.new_zeros(batch, n), draw.normal(n))
+
+
+def proxqp(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
+    """Sparse H = N∘coin(0.15), symmetric, + (10⁻² + |λ_min|) I; A, G = N∘coin(0.15); z, p = N, h = Gz + U, b = Az.
+
+    ProxQP, random_qp_problems.hpp, the strongly convex family; A has I added so that its rows are independent; c = N.
+    """
+    draw = Draw(batch, seed)
+    H = draw.normal(n, n) * (draw.uniform(n, n) < 0.075)
+    H = H + H.mT
+    eye = torch.eye(n, dtype=torch.float64)
+    Q = H + (1e-2 + torch.linalg.eigvalsh(H)[:, :1, None].abs()) * eye
+    A = draw.normal(n_eq, n) * (draw.uniform(n_eq, n) < 0.15) + torch.eye(n_eq, n, dtype=torch.float64)
+    G = draw.normal(n_ineq, n) * (draw.uniform(n_ineq, n) < 0.15)
+    z = draw.normal(n)
+    return QP(Q, draw.normal(n), A, matvec(A, z), G, matvec(G, z) + draw.uniform(n_ineq), draw.normal(n))
+
+
+def qpax_benchmark(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
+    """Q = I, p = −N, G = U[−4, 4], h = G ½ + U[½, 1½]; c = N. qpax, benchmarks, where n = 32 and n_ineq = 64."""
+    if n_eq:
+        raise ValueError(f"this family has no equalities, got n_eq = {n_eq}")
+    draw = Draw(batch, seed)
+    p, G, s0 = -draw.normal(n), 8.0 * draw.uniform(n_ineq, n) - 4.0, 0.5 + draw.uniform(n_ineq)
+    A = draw.normal(0, n)
+    eye = torch.eye(n, dtype=torch.float64).repeat(batch, 1, 1)
+    return QP(eye, p, A, A.new_zeros(batch, 0), G, 0.5 * G.sum(-1) + s0, draw.normal(n))
+
+
+def cone_program(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
+    """Q = MᵀM/n + 10⁻² I and A, G of density 0.3; p = U[−1, 1]; right sides inside; c = N. After moreau.testing."""
+    draw = Draw(batch, seed)
+    M = draw.normal(n, n) * (draw.uniform(n, n) < 0.3)
+    Q = M.mT @ M / n + 1e-2 * torch.eye(n, dtype=torch.float64)
+    p = 2.0 * draw.uniform(n) - 1.0
+    A = draw.normal(n_eq, n) * (draw.uniform(n_eq, n) < 0.3) + torch.eye(n_eq, n, dtype=torch.float64)
+    G = draw.normal(n_ineq, n) * (draw.uniform(n_ineq, n) < 0.3)
+    z = draw.normal(n)
+    return QP(Q, p, A, matvec(A, z), G, matvec(G, z) + 0.1 + draw.uniform(n_ineq), draw.normal(n))
+
+
 PROBLEMS = {
     "dense": dense,
     "qpth linear": qpth_linear,
     "qpth test": qpth_test,
     "known solution": known_solution,
+    "OptNet": optnet,
+    "SCQPTH": scqpth,
+    "Alt-Diff": alt_diff,
+    "BPQP": bpqp,
+    "dQP": dqp,
+    "simplex projection": simplex_projection,
+    "ProxQP": proxqp,
+    "qpax": qpax_benchmark,
+    "cone program": cone_program,
 }
-
-
-class Ridge(NamedTuple):
-    """min_z ½ zᵀHz − yᵀz with H = Xᵀ diag(w) X + α I, one problem; differentiated for the weights w and for α."""
-
-    X: Tensor  # (m, n)
-    y: Tensor  # (n,)
-    w: Tensor  # (m,)
-    alpha: Tensor  # ()
-    z: Tensor  # (n,), the solution
-    c: Tensor  # (n,), loss weights
-
-
-def ridge(n: int, condition: float, seed: int = 0) -> Ridge:
-    """Weighted ridge regression whose Hessian has eigenvalues from 1/condition to 1, so gradient descent is slow.
-
-    X = diag(√σ) Vᵀ with V orthogonal and σ spread geometrically, w = 1, α = 1/condition; y, c = N.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    V = torch.linalg.qr(normal(n, n))[0]
-    alpha = torch.tensor(1.0 / condition, dtype=torch.float64)
-    sigma = torch.logspace(0.0, -8.0, n, dtype=torch.float64)
-    X = (sigma * (1.0 - alpha)).sqrt()[:, None] * V.mT
-    y, c = normal(n), normal(n)
-    z = V @ ((V.mT @ y) / (sigma * (1.0 - alpha) + alpha))
-    return Ridge(X, y, torch.ones(n, dtype=torch.float64), alpha, z, c)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run [qp|memory] [--quick] [--out FOLDER]`: measure, and write one JSON a suite.
+"""`python -m benchmarks.run [SUITE ...] [--quick] [--device D] [--dtype T] [--out FOLDER]`: measure; one JSON a suite.
 
 Threads are pinned before torch is imported, by starting the interpreter again with the environment that OpenMP reads:
 unpinned medians move tenfold on a small machine. Only the standard library is imported at the top for that reason.
@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-NAMES = ("qp", "memory")
+NAMES = ("memory", "qp", "simplex", "scaling")
+DTYPES = ("float64", "float32")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("suite", nargs="*", metavar="suite", help=f"of {', '.join(NAMES)}; all unless given")
     arguments.add_argument("--quick", action="store_true", help="few small cases, to see that it runs; not for figures")
     arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--threads", type=int, default=cores(), help="default: %(default)s, the cores here")
     arguments.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
@@ -47,7 +50,7 @@ def pin(threads: int) -> None:
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]])
 
 
-def environment(device: str, seed: int) -> dict[str, Any]:
+def environment(device: str, seed: int, dtype: str = DTYPES[0]) -> dict[str, Any]:
     """Everything that a reader needs to know about where the numbers come from."""
     import torch
 
@@ -63,6 +66,7 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "pinned": {name: os.environ.get(name) for name in PINNED},
         "seed": seed,
+        "dtype": dtype,
     }
 
 
@@ -89,23 +93,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in options.suite if name not in NAMES]
     if unknown:
         arguments.error(f"no suite {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    from benchmarks.suites import SUITES, Options, slopes
+    import torch
+
+    from benchmarks.options import Options
+    from benchmarks.suites import load
 
     options.out.mkdir(parents=True, exist_ok=True)
+    settings = Options(
+        options.device, options.seed, options.quick, getattr(torch, options.dtype), torch.get_num_threads()
+    )
     for name in options.suite or NAMES:
-        rows = SUITES[name](Options(options.device, options.seed, options.quick))
-        result = {"suite": name, "quick": options.quick, "environment": environment(options.device, options.seed)}
-        if name == "memory":
-            result["slopes"] = slopes(rows)
-            for group, exponent in result["slopes"].items():
-                print(f"memory ~ iterations^{exponent:.2f}  {group}")
+        start = time.perf_counter()
+        suite = load(name)
+        rows = suite.suite(settings)
+        about = environment(options.device, options.seed, options.dtype)
+        result = {"suite": name, "quick": options.quick, "environment": about, **suite.summary(rows)}
+        for group, exponent in result.get("slopes", {}).items():
+            print(f"{name}: exponent {exponent:.2f}  {group}")
         for row in rows:
             if row.get("status", "ok") != "ok":
                 print(f"{row['problem']} {row['contender']}: {row['status']}")
-        path = options.out / f"{name}{'-quick' if options.quick else ''}.json"
-        path.write_text(dump({**result, "rows": rows}))
-        print(f"{len(rows)} rows: {path}")
+        path = options.out / f"{name}{_suffix(options)}.json"
+        path.write_text(dump({**result, "rows": rows}), encoding="utf-8")
+        print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s: {path}")
     return 0
+
+
+def _suffix(options: argparse.Namespace) -> str:
+    """What tells the files of other settings apart: only the plain name goes into the README."""
+    device = "" if options.device == "cpu" else f"-{options.device.replace(':', '')}"
+    dtype = "" if options.dtype == DTYPES[0] else f"-{options.dtype}"
+    return f"{device}{dtype}{'-quick' if options.quick else ''}"
 
 
 def dump(result: dict[str, Any]) -> str:

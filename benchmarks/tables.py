@@ -1,10 +1,10 @@
-"""`python -m benchmarks.tables [--check]`: write the README's tables from `results/*.json`, between their markers."""
+"""The README's tables, from `results/*.json`, between their markers; `python -m benchmarks.plot` writes them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,33 +17,66 @@ Result = dict[str, Any]
 
 
 def qp(result: Result) -> str:
-    """One line a case: times of ours and each peer, how many times faster, certificates and gradient errors."""
-    peers = sorted({row["contender"] for row in result["rows"]} - {OURS})
-    head = ["problem", "n, n_ineq, n_eq", "batch", "ms, forward / total"]
-    for peer in peers:
-        head += [f"{peer} ms", f"times {peer}"]
-    lines = [[*head, "KKT residual, ours", *peers, "gradient error, ours", *peers]]
-    cases: dict[tuple, dict[str, Result]] = {}
-    for row in result["rows"]:
-        key = (row["problem"], row["n"], row["n_ineq"], row["n_eq"], row["batch"])
+    """One line a case: our times, and each contender's with how many times longer it takes."""
+    return _contest(result, {"problem": ("problem",), "n, n_ineq, n_eq": ("n", "n_ineq", "n_eq"), "batch": ("batch",)})
+
+
+def simplex(result: Result) -> str:
+    """The same for the simplex and its kin."""
+    return _contest(result, {"problem": ("problem",), "n": ("n",), "batch": ("batch",)})
+
+
+def scaling(result: Result) -> str:
+    """The figure, and the exponents; the numbers are in the JSON."""
+    exponents = "; ".join(f"{name}: {exponent:.2f}" for name, exponent in result["slopes"].items())
+    picture = "![Time against size, batch and threads](benchmarks/figures/scaling.png)"
+    return f"{picture}\n\nExponents over the larger half: {exponents}. {_provenance(result)}"
+
+
+def _contest(result: Result, columns: dict[str, tuple[str, ...]]) -> str:
+    """A line a case, a column a contender: "total (times ours)"; of those without a gradient, the forward pass."""
+    rows = result["rows"]
+    peers = [name for name in dict.fromkeys(row["contender"] for row in rows) if name != OURS]
+    bare = {name for name in peers if not any("total_ms" in row for row in rows if row["contender"] == name)}
+    bare = {name for name in bare if any("forward_ms" in row for row in rows if row["contender"] == name)}
+    lines = [
+        [*columns, "ours, ms, forward / total", *(f"{name}{', forward' if name in bare else ''}" for name in peers)]
+    ]
+    cases: dict[tuple[str, ...], dict[str, Result]] = {}
+    for row in rows:
+        key = tuple(", ".join(str(row[part]) for part in parts) for parts in columns.values())
         cases.setdefault(key, {})[row["contender"]] = row
-    for (problem, n, n_ineq, n_eq, batch), rows in cases.items():
-        ours = rows[OURS]
-        line = [problem, f"{n}, {n_ineq}, {n_eq}", str(batch), _times(ours)]
-        for peer in peers:
-            line += [_times(rows[peer]), _ratio(rows[peer], ours)]
-        for figure in ("kkt", "gradient_error"):
-            line += [_power(row.get(figure)) for row in (ours, *(rows[peer] for peer in peers))]
+    for key, found in cases.items():
+        ours = found[OURS]
+        lines.append([*key, _times(ours), *(_against(found.get(name), ours) for name in peers)])
+    return f"{_markdown(lines, left=1)}\n\nIn brackets: how many times longer than ours. {_provenance(result)}"
+
+
+def accuracy(result: Result) -> str:
+    """One line a contender: answers that hold, residuals and gradient errors, median and worst."""
+    groups: dict[str, list[Result]] = {}
+    for row in result["rows"]:
+        groups.setdefault(row["contender"], []).append(row)
+    lines = [["contender", "version", "right answers", "residual, median", "worst", "gradient error, median", "worst"]]
+    for name, rows in groups.items():
+        right = [row for row in rows if row["status"] == "ok"]
+        line = [name, str(rows[0]["version"] or "not installed"), f"{len(right)} of {len(rows)}"]
+        for figure in ("residual", "gradient_error"):
+            values = [row[figure] for row in right if figure in row]
+            line += [_power(statistics.median(values)), _power(max(values))] if values else ["–", "–"]
         lines.append(line)
-    return _markdown(lines, left=1) + f"\n\n{_provenance(result)}"
+    return (
+        f"{_markdown(lines, left=2)}\n\nOver the answers that are right, to a residual of 1e-3. {_provenance(result)}"
+    )
 
 
 def memory(result: Result) -> str:
-    """One line a problem and mode: memory at the fewest and the most iterations, its exponent, errors there."""
+    """One line a problem and mode: memory at the fewest and the most iterations, its exponent, errors, time."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for row in result["rows"]:
         groups.setdefault((row["problem"], row["mode"]), []).append(row)
-    lines = [["problem", "gradient", "iterations", "graph KiB", "grows as iterations to the", "gradient error"]]
+    head = ["problem", "gradient", "iterations", "saved, KiB", "grows as iterations to the", "peak, KiB"]
+    lines = [[*head, "gradient error", "ms"]]
     for (problem, mode), rows in groups.items():
         rows.sort(key=lambda row: row["iterations"])
         first, last = rows[0], rows[-1]
@@ -53,15 +86,47 @@ def memory(result: Result) -> str:
                 problem,
                 mode,
                 f"{first['iterations']} – {last['iterations']}",
-                f"{first['peak_bytes'] / 1024:.0f} – {last['peak_bytes'] / 1024:.0f}",
+                f"{first['graph_bytes'] / 1024:.0f} – {last['graph_bytes'] / 1024:.0f}",
                 "–" if exponent is None else f"{abs(exponent):.2f}",
+                f"{first['peak_bytes'] / 1024:.0f} – {last['peak_bytes'] / 1024:.0f}",
                 f"{_power(first['gradient_error'])} – {_power(last['gradient_error'])}",
+                f"{_figure(first['total_ms']['median'])} – {_figure(last['total_ms']['median'])}",
             ]
         )
-    return _markdown(lines, left=2) + f"\n\n{_provenance(result)}"
+    bits = [row["buffer_bits"] for row in result["rows"] if row.get("buffer_bits") and row["problem"] == "ridge"]
+    buffer = f"The buffer of reversible ridge takes {bits[-1]:.2f} bits a number and step. " if bits else ""
+    return f"{_markdown(lines, left=2)}\n\n{buffer}{_provenance(result)}"
 
 
-TABLES: dict[str, Callable[[Result], str]] = {"qp": qp, "memory": memory}
+# name of the table -> the suite that it shows, and how
+TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "qp": ("qp", qp),
+    "qp-accuracy": ("qp", accuracy),
+    "memory": ("memory", memory),
+    "simplex": ("simplex", simplex),
+    "scaling": ("scaling", scaling),
+}
+
+
+def times_longer(peer: Result, ours: Result, field: str = "total_ms") -> float | None:
+    """The median over the rounds of the ratio within a round; None where one of the two was not timed."""
+    if field not in peer or field not in ours:
+        return None
+    mine, theirs = ours[field].get("repeats", []), peer[field].get("repeats", [])
+    if mine and len(mine) == len(theirs):
+        return statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
+    return peer[field]["median"] / ours[field]["median"]
+
+
+def _against(peer: Result | None, ours: Result) -> str:
+    """One cell of a contest."""
+    if peer is None:
+        return ""
+    if peer["status"] != "ok":
+        return str(peer["status"]).split(":")[0]
+    field = "total_ms" if "total_ms" in peer else "forward_ms"
+    ratio = times_longer(peer, ours, field)
+    return _figure(peer[field]["median"]) + ("" if ratio is None else f" ({_ratio(ratio)})")
 
 
 def _times(row: Result) -> str:
@@ -71,22 +136,19 @@ def _times(row: Result) -> str:
     return f"{_figure(row['forward_ms']['median'])} / {_figure(row['total_ms']['median'])}"
 
 
-def _ratio(peer: Result, ours: Result) -> str:
-    """How many times longer the peer takes, forward and backward together."""
-    if peer["status"] != "ok" or ours["status"] != "ok":
-        return "–"
-    return f"{peer['total_ms']['median'] / ours['total_ms']['median']:.1f}"
+def _ratio(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"
 
 
 def _figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _power(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0e}"
+def _power(value: float) -> str:
+    return f"{value:.0e}"
 
 
-def _markdown(lines: list[list[str]], left: int) -> str:
+def _markdown(lines: Sequence[Sequence[str]], left: int) -> str:
     """A table whose first columns are text and whose others are numbers."""
     rule = ["---" if i < left else "--:" for i in range(len(lines[0]))]
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
@@ -108,25 +170,8 @@ def pattern(name: str) -> re.Pattern[str]:
 
 def rewritten(readme: str, results: Path = RESULTS) -> str:
     """The README with every table that has a result; the others are empty."""
-    for name, render in TABLES.items():
-        path = results / f"{name}.json"
+    for name, (suite, render) in TABLES.items():
+        path = results / f"{suite}.json"
         body = f"\n{render(json.loads(path.read_text(encoding='utf-8')))}\n\n" if path.exists() else ""
         readme = pattern(name).sub(lambda found, body=body: found[1] + body + found[3], readme)
     return readme
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
-    arguments.add_argument("--check", action="store_true", help="write nothing; fail where README and JSON differ")
-    check = arguments.parse_args(argv).check
-    old = README.read_text(encoding="utf-8")
-    new = rewritten(old)
-    if check:
-        print("README and results agree" if old == new else "README and results differ: python -m benchmarks.tables")
-        return int(old != new)
-    README.write_text(new, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

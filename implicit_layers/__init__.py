@@ -2,6 +2,7 @@
 
 from implicit_layers import compat as compat
 from implicit_layers import nn as nn
+from implicit_layers import projections as projections
 from implicit_layers import testing as testing
 from implicit_layers.conditions import IFTReport as IFTReport
 from implicit_layers.conditions import check_ift as check_ift
@@ -36,8 +37,18 @@ from implicit_layers.krylov import Neumann as Neumann
 from implicit_layers.linalg import Cholesky as Cholesky
 from implicit_layers.linalg import Direct as Direct
 from implicit_layers.linalg import LeastSquares as LeastSquares
+from implicit_layers.losses import fenchel_young_loss as fenchel_young_loss
+from implicit_layers.lp import perturbed_argmax as perturbed_argmax
+from implicit_layers.lp import smoothed_lp as smoothed_lp
+from implicit_layers.lp import spo_plus_loss as spo_plus_loss
+from implicit_layers.polytope import entropic_lp as entropic_lp
 from implicit_layers.qp import solve_qp as solve_qp
+from implicit_layers.regularizers import Regularizer as Regularizer
+from implicit_layers.regularizers import register_regularizer as register_regularizer
+from implicit_layers.regularizers import regularized_argmax as regularized_argmax
 from implicit_layers.simplex import softmax as softmax
+from implicit_layers.softsort import soft_rank as soft_rank
+from implicit_layers.softsort import soft_sort as soft_sort
 from implicit_layers.solution import Degeneracy as Degeneracy
 from implicit_layers.solution import QPInfo as QPInfo
 from implicit_layers.solution import QPShift as QPShift
@@ -51,6 +62,11 @@ from implicit_layers.solvers import FixedPointIteration as FixedPointIteration
 from implicit_layers.solvers import GradientDescent as GradientDescent
 from implicit_layers.solvers import InteriorPoint as InteriorPoint
 from implicit_layers.solvers import Newton as Newton
+from implicit_layers.solvers import SemismoothNewton as SemismoothNewton
+from implicit_layers.top_k import soft_top_k as soft_top_k
+from implicit_layers.transport import sinkhorn as sinkhorn
+from implicit_layers.tsallis import entmax as entmax
+from implicit_layers.tsallis import sparsemax as sparsemax
 from implicit_layers.unrolled import unroll as unroll
 
 __version__ = "0.1.0"

@@ -5,6 +5,8 @@ Everything in a loop that makes the host wait for the device goes through `host_
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,9 +19,19 @@ def host_bool(flag: Tensor) -> bool:
     return bool(flag)
 
 
+def host_nan(value: Tensor) -> bool:
+    """Read one number back from the device: whether it is NaN."""
+    return math.isnan(float(value))
+
+
 def host_int(count: Tensor) -> int:
     """Read one integer back from the device."""
     return int(count)
+
+
+def host_float(value: Tensor) -> float:
+    """Read one number back from the device."""
+    return float(value)
 
 
 def integer(name: str, value: object) -> int:
@@ -162,6 +174,37 @@ def finite(**tensors: Tensor) -> None:
             raise NonFiniteError(
                 f"{name}{index_of(bad)} is {value}: {count} of {bad.numel()} entries of {name} {verb} not finite"
             )
+
+
+def temperature(name: str, scores: Tensor, event_ndim: int, value: object) -> Tensor | float:
+    """A temperature > 0 for scores (*B, *event): a number, or a tensor of size 1 along the event; in float64.
+
+    Raises:
+        DtypeError, DeviceError, ShapeError, ArgumentError, ArgumentTypeError: it is not that.
+    """
+    least = torch.finfo(torch.float32).tiny
+    if not isinstance(value, Tensor):
+        if not least <= number("temperature", value) < float("inf"):
+            raise ArgumentError(f"temperature must be positive and finite (at least {least:.1e}), got {value}")
+        return float(number("temperature", value))
+    if scores.dtype in (torch.float16, torch.bfloat16) and value.dtype == torch.float32:
+        floating_tensors(**{name: scores.float(), "temperature": value})
+    else:
+        floating_tensors(**{name: scores, "temperature": value})
+    if value.ndim and any(size != 1 for size in value.shape[-event_ndim:]):
+        ones = ", ".join(["1"] * event_ndim)
+        raise ShapeError(
+            f"temperature must be 0-d or have shape (*B, {ones}), one a problem, got {tuple(value.shape)} for {name} "
+            f"of shape {tuple(scores.shape)}"
+        )
+    if readable(value):
+        good = (value.detach() >= least) & value.detach().isfinite()
+        if not host_bool(good.all()):
+            raise ArgumentError(
+                f"temperature{index_of(~good)} must be positive and finite (at least {least:.1e}), got "
+                f"{float(value.detach()[~good][0])}"
+            )
+    return value.double()
 
 
 def batch_shape(**arguments: tuple[Tensor, int]) -> torch.Size:

@@ -11,19 +11,21 @@ All three see the scores through `_scaled`: z = (x − max x)/τ, in [floor, 0] 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from implicit_layers import checks, implicit
-from implicit_layers.errors import ArgumentError, ArgumentTypeError, NonFiniteError, ShapeError
+from implicit_layers import checks, implicit, scores, transforms
+from implicit_layers.errors import ArgumentError
 from implicit_layers.kkt import entropic
+from implicit_layers.legacy_vmap import modernised
+from implicit_layers.regularizers import tangent
+from implicit_layers.scores import Empty
 
 SoftmaxMethod = Literal["closed", "newton", "kkt"]
 METHODS = get_args(SoftmaxMethod)
 
-_HALF = (torch.float16, torch.bfloat16)
 _KKT_STEPS = 3  # derivatives up to order seven
 
 
@@ -32,6 +34,8 @@ def softmax(
     dim: int = -1,
     *,
     temperature: Tensor | float = 1.0,  # broadcasts with x, of size 1 along dim
+    mask: Tensor | None = None,  # broadcasts with x
+    empty: Empty = "raise",
     method: SoftmaxMethod = "closed",
 ) -> Tensor:  # (*, n, *)
     r"""Choose a point of the probability simplex by an entropy-regularised linear program.
@@ -46,19 +50,23 @@ def softmax(
         temperature: τ > 0, in the unit of the scores: a number, or a tensor that broadcasts with `x` and has size 1
             along `dim` (one τ a problem: for `x` of shape (B, n), shape (B, 1) or ()). A tensor is differentiated. It
             has the dtype of `x`, or float32 where `x` is float16 or bfloat16.
+        mask: boolean, True where an entry may be chosen; the others are as if their score were −inf.
+        empty: what a problem gets that has no entry left: "raise" an error, "uniform" 1/n each, or "zeros"; the latter
+            two with zero gradient.
         method: "closed", "newton" or "kkt"; one answer and one gradient, found in three ways (see the module).
             torch.compile takes "closed" and "kkt" into one graph; the iterations of "newton" break it and run eagerly.
 
     Returns:  y*, with the dtype and device of `x`, and its shape broadcast with the one of `temperature`.
     Gradient: ∂y/∂x = S = (diag(y) − y yᵀ)/τ, symmetric, S1 = 0, ‖S‖₂ ≤ 1/(2τ);  ∂y/∂τ = −S x/τ.  Any order.
+        In float64 "closed" keeps its relative accuracy also where one yᵢ is nearly 1 and the gradient nearly vanishes.
         "newton" gets it from the adjoint solve of the generic core, "kkt" from the explicit inverse (up to order 7).
 
     Raises:
-        DtypeError: `x` or `temperature` is no real floating-point tensor, or their dtypes differ.
+        DtypeError: `x` or `temperature` is no real floating-point tensor, or they differ; `mask` is not boolean.
         DeviceError: they live on different devices.
         ShapeError: the axis is empty or out of range; `temperature` does not broadcast, or varies along `dim`.
         ValueError: τ is zero, negative, NaN or smaller than the smallest normal number; all n scores of a problem are
-            −inf; unknown `method`.
+            −inf and `empty` is "raise"; unknown `method` or `empty`.
         NonFiniteError: a score is NaN or +inf.
         The checks of values cost one host synchronisation. Under torch.compile, torch.export and torch.func, and for
         fake and meta tensors, they are skipped: there the problem with the bad score returns NaN, and the others are
@@ -70,104 +78,52 @@ def softmax(
     >>> softmax(torch.tensor([0.0, 1.0, float("-inf")]), temperature=0.5)
     tensor([0.1192, 0.8808, 0.0000])
     """
+    if mask is None and method == "closed" and empty == "raise" and _plain(x, dim, temperature):
+        y = torch.softmax(x, dim)
+        if checks.readable(x) and checks.host_nan(y.detach().select(dim, 0).sum()):
+            scores.refuse_scores(x.detach(), dim if dim < 0 else dim - x.ndim)
+        return y
     check_method(method)
-    axis = _axis(x, dim)
-    tau = _temperature(x, axis, temperature)
-    _check_values(x, axis, tau)
-    work = x.float() if x.dtype in _HALF else x
+    scores.check_empty(empty)
+    axis = scores.axis_of(x, dim)
+    tau = scores.temperature_of(x, axis, temperature)
+    x = scores.masked(x, mask)
+    work = x.float() if x.dtype in scores.HALF else x
+    if method == "closed" and empty == "raise" and not isinstance(tau, Tensor):
+        y = _closed(work, axis, tau)
+        # a NaN, +inf, or nothing but -inf among the scores makes all n entries NaN: to look at one of them is enough
+        one = y.detach()
+        if checks.readable(one) and checks.host_nan((one.select(axis, 0) if one.ndim else one).sum()):
+            scores.refuse_scores(x.detach(), axis)
+        return y.to(x.dtype)
+    top = work.detach().amax(axis, keepdim=True)
+    scores.check_values(x, axis, top, tau, empty)
+    if empty != "raise":
+        work = work.masked_fill(top.isneginf(), 0.0)
     if method == "closed":
-        return _closed(work, axis, tau).to(x.dtype)
-    z = _scaled(work, axis, tau)
-    rows = z.movedim(axis, -1) if z.ndim else z.reshape(1)
-    y = _newton(rows) if method == "newton" else _kkt(rows)
-    return y.movedim(-1, axis).reshape(z.shape).to(x.dtype)
+        y = _closed(work, axis, tau)
+    else:
+        z = _scaled(work, axis, tau)
+        rows = z.movedim(axis, -1) if z.ndim else z.reshape(1)
+        y = _newton(rows) if method == "newton" else _kkt(rows)
+        y = y.movedim(-1, axis).reshape(z.shape)
+    return (y if empty == "raise" else scores.fill_empty(y, top, empty, 1 / y.shape[axis] if x.ndim else 1.0)).to(
+        x.dtype
+    )
+
+
+def _plain(x: Tensor, dim: int, temperature: Tensor | float) -> bool:
+    """Whether PyTorch's own softmax answers: single precision and τ = 1, with nothing to refuse but values."""
+    if type(dim) is not int or type(temperature) not in (int, float) or temperature != 1 or not isinstance(x, Tensor):
+        return False
+    ndim = x.ndim
+    return x.dtype == torch.float32 and x.layout == torch.strided and -ndim <= dim < ndim and x.shape[dim] > 0
 
 
 def check_method(method: str) -> None:
     """Refuse anything but the three methods."""
     if method not in METHODS:
         raise ArgumentError(f"method must be one of {METHODS}, got {method!r}")
-
-
-def _axis(x: Tensor, dim: int) -> int:
-    """The axis counted from the end, so that broadcasting may add leading dimensions; checks shape and dtype."""
-    checks.floating_tensors(x=x)
-    checks.integer("dim", dim)
-    ndim = max(x.ndim, 1)
-    if not -ndim <= dim < ndim:
-        raise ShapeError(f"dim must be in [{-ndim}, {ndim - 1}] for x of shape {tuple(x.shape)}, got {dim}")
-    axis = dim if dim < 0 else dim - ndim
-    if x.ndim and x.shape[axis] == 0:
-        raise ShapeError(f"x of shape {tuple(x.shape)} has no entries along dim={dim}; the simplex needs at least one")
-    return axis
-
-
-def _temperature(x: Tensor, axis: int, temperature: Tensor | float) -> Tensor | float:
-    """The temperature in the dtype of the computation; everything but the values of a tensor is checked."""
-    if not isinstance(temperature, Tensor):
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-            raise ArgumentTypeError(f"temperature must be a number or a tensor, got {temperature!r}")
-        tiny = torch.finfo(torch.float32 if x.dtype in _HALF else x.dtype).tiny
-        if not temperature >= tiny:  # also catches NaN
-            raise ArgumentError(_bad_temperature(temperature, tiny, x.dtype))
-        return temperature
-    if x.dtype in _HALF and temperature.dtype == torch.float32:
-        checks.floating_tensors(x=x.float(), temperature=temperature)
-    else:
-        checks.floating_tensors(x=x, temperature=temperature)
-    if temperature.ndim >= -axis and temperature.shape[axis] != 1:
-        raise ShapeError(
-            f"temperature of shape {tuple(temperature.shape)} varies along the axis of the scores (size "
-            f"{temperature.shape[axis]} at dim {axis}); one temperature a problem needs size 1 there, e.g. "
-            f"temperature.unsqueeze({axis})"
-        )
-    try:
-        torch.broadcast_shapes(x.shape, temperature.shape)
-    except RuntimeError:
-        raise ShapeError(
-            f"temperature of shape {tuple(temperature.shape)} does not broadcast with x of shape {tuple(x.shape)}"
-        ) from None
-    return temperature.float() if temperature.dtype in _HALF else temperature
-
-
-def _check_values(x: Tensor, axis: int, tau: Tensor | float) -> None:
-    """Refuse values without an answer; one host synchronisation, none where the host may not look."""
-    tau_tensor = tau.detach() if isinstance(tau, Tensor) else None
-    if not checks.readable(x if tau_tensor is None else tau_tensor, x):
-        return
-    x = x.detach()
-    top = x.amax(axis)  # NaN and +inf survive a maximum, and -inf means that all n scores are -inf
-    good = top.isfinite().all()
-    if tau_tensor is not None:
-        tiny = torch.finfo(tau_tensor.dtype).tiny
-        good = good & (tau_tensor >= tiny).all()
-    if checks.host_bool(good):
-        return
-    if tau_tensor is not None:
-        bad = ~(tau_tensor >= tiny)
-        if bool(bad.any()):
-            where = checks.index_of(bad)
-            raise ArgumentError(_bad_temperature(float(tau_tensor[bad][0]), tiny, tau_tensor.dtype, where))
-    bad = x.isnan() | x.isposinf()
-    if bool(bad.any()):
-        raise NonFiniteError(
-            f"x{checks.index_of(bad)} is {float(x[bad][0])}: {int(bad.sum())} of {bad.numel()} scores are NaN or +inf. "
-            "Only finite scores and -inf (a masked entry) have a softmax; look for an overflow upstream"
-        )
-    bad = top.isneginf()
-    place = f" at index {checks.index_of(bad)} (dim={axis} left out)" if bad.ndim else ""
-    raise ArgumentError(
-        f"{int(bad.sum())} of {bad.numel()} problems have only -inf scores, first{place}: an empty simplex has no "
-        "point. Leave at least one entry of each problem unmasked"
-    )
-
-
-def _bad_temperature(value: float, tiny: float, dtype: torch.dtype, where: str = "") -> str:
-    """The message for a temperature that is no positive normal number."""
-    return (
-        f"temperature{where} must be positive (at least {tiny:.1e}, the smallest normal number of {dtype}), "
-        f"got {value}. For a hard argmax use a small positive temperature"
-    )
 
 
 def _scaled(x: Tensor, dim: int, tau: Tensor | float) -> Tensor:  # (*, n, *) -> (*, n, *)
@@ -186,10 +142,50 @@ def _scaled(x: Tensor, dim: int, tau: Tensor | float) -> Tensor:  # (*, n, *) ->
 def _closed(x: Tensor, dim: int, tau: Tensor | float) -> Tensor:  # (*, n, *) -> (*, n, *)
     """The formula; a number as temperature has no derivative, so −inf scores may stay as they are."""
     if isinstance(tau, Tensor) or tau > torch.finfo(x.dtype).max:
-        return _scaled(x, dim, tau).softmax(dim)
-    if tau == 1:
-        return x.softmax(dim)  # which subtracts the maximum itself
-    return ((x - x.detach().amax(dim, keepdim=True)) / tau).softmax(dim)
+        z = _scaled(x, dim, tau)
+    elif tau == 1:
+        z = x  # softmax subtracts the maximum itself
+    else:
+        z = (x - x.detach().amax(dim, keepdim=True)) / tau
+    if z.dtype != torch.float64 or torch.compiler.is_compiling():
+        return z.softmax(dim)
+    rows = z.movedim(dim, -1) if z.ndim else z.reshape(1)
+    y: Tensor = _Softmax.apply(rows)
+    return y.movedim(-1, dim).reshape(z.shape)
+
+
+class _Softmax(torch.autograd.Function):
+    """Softmax over the last axis with derivatives that are right relative to their own size."""
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        return z.softmax(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None) -> Tensor | None:
+        if grad_y is None:
+            return None
+        return modernised(_tangent, (*ctx.saved_tensors, grad_y))[0]
+
+    @staticmethod
+    def jvp(ctx: Any, d_z: Tensor) -> Tensor | None:
+        with transforms.forward_mode():
+            return modernised(_tangent, (*transforms.primals(ctx.saved_tensors), d_z))[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], z: Tensor) -> tuple[Tensor, int]:
+        return _Softmax.apply(z.movedim(in_dims[0], 0)), 0
+
+
+def _tangent(y: Tensor, v: Tensor) -> list[Tensor]:
+    """S v, in the form in which it may pass through the old vectorisation."""
+    return [tangent(y, v)]
 
 
 def _kkt(z: Tensor) -> Tensor:  # (*B, n) -> (*B, n)

@@ -1,6 +1,7 @@
 r"""Differentiating through the iterations: what a user would try first, and what the implicit gradient is held against.
 
-`unroll` runs any step a fixed number of times and lets autograd remember all of it, the end of it, or its milestones.
+`unroll` runs any step a fixed number of times, with momentum if wanted, and lets autograd remember all of it, the end
+of it, its milestones, or nothing but where it ended, from where it is run backwards bit by bit.
 `unrolled_softmax` and `unrolled_qp` are two solvers written with it: the same problems as `il.softmax` and
 `il.solve_qp`, differentiated by automatic differentiation alone.
 """
@@ -10,16 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from implicit_layers import checks
+from implicit_layers.door import enter
+from implicit_layers.eager import uncompiled
 from implicit_layers.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
+from implicit_layers.reversible import heavy_ball_from, reversible
 
-UnrollMode = Literal["full", "truncated", "checkpointed"]
+UnrollMode = Literal["full", "truncated", "checkpointed", "reversible"]
 MODES = get_args(UnrollMode)
 Step = Callable[..., Tensor]
 
@@ -27,14 +31,17 @@ Step = Callable[..., Tensor]
 def unroll(
     step: Step,
     z0: Tensor,
-    *theta: Tensor,
+    *theta: Any,
     steps: int,
     mode: UnrollMode = "full",
     last: int | None = None,
+    momentum: float = 0.0,
 ) -> Tensor:
     r"""Iterate z ← step(z, θ) a fixed number of times, differentiated by automatic differentiation.
 
-    Problem:  z_K with z_{k+1} = f(z_k, θ), k = 0 … K−1.
+    Problem:  z_K with v_{k+1} = μ v_k + (f(z_k, θ) − z_k), z_{k+1} = z_k + v_{k+1}, v_0 = 0, k = 0 … K−1.
+              Without momentum (μ = 0) that is z_{k+1} = f(z_k, θ). With a gradient step f(z) = z − α ∇g(z) it is
+              heavy-ball gradient descent, v ← μ v − α ∇g(z).
 
     Args:
         step: f, called as `step(z, *theta)`; returns a tensor shaped like z.
@@ -43,27 +50,40 @@ def unroll(
         steps: K ≥ 0.
         mode: "full" remembers every step. "truncated" differentiates the last `last` steps only, so that z0 gets a
             gradient only where last = K. "checkpointed" remembers the ends of ⌈√K⌉ segments and runs each segment
-            again in the backward pass.
+            again in the backward pass. "reversible" remembers where it ended and runs the iteration backwards,
+            exactly: z and v are kept in integers, and the bits that μ v loses in a buffer. Its step must be the same
+            function in every call, and may depend on no tensor that requires grad but theta, or the parameters of
+            an nn.Module that is the step or one of theta.
         last: the number of differentiated steps, for "truncated" only; 1 unless given (one-step differentiation).
+        momentum: μ in [0, 1). "reversible" lives on it: with μ = 0 a step forgets the velocity, which is put aside
+            whole.
 
     Returns:
         z_K, with the shape, dtype and device of z0.
 
     Gradient:
         "full" and "checkpointed": the exact derivative of z_K, which is not yet that of the solution; the two are
-        equal bit by bit where f is deterministic. "truncated": its last terms, biased by O(ρ^last) where f contracts
+        equal bit by bit where f is deterministic. "reversible": the same to rounding, of about 2⁻⁵² of the largest
+        value that an entry of z or v has on the way; forward mode and second derivatives of it go through the
+        iteration as "full" does, with its memory. "truncated": its last terms, biased by O(ρ^last) where f contracts
         by ρ. Where K is large enough all of them reach the implicit gradient. Reverse mode only for "checkpointed".
 
     Raises:
-        ValueError: an unknown mode, a negative number of steps, or a `last` outside 0 … steps or for another mode.
+        ValueError: an unknown mode, a negative number of steps, a momentum outside [0, 1), or a `last` outside
+            0 … steps or for another mode.
         ShapeError: the step changes the shape of z.
+        CapturedTensorError: "reversible": the step depends on a tensor that requires grad and is not an argument.
+        NonFiniteError: "reversible": the iterates do not stay finite.
+        UnsupportedError: "reversible", in the backward pass: it did not come back to z0, since f is random, say.
 
     Cost:
         K steps forward; memory of the graph K, `last`, or about 2√K steps ("checkpointed" runs f once more).
+        "reversible": f once more; five tensors like z and about 2 K log₂(1/μ) bits an entry (64 K with μ = 0); a host
+        synchronisation once in 15 steps at most where μ ≥ ½.
 
     Source:
         Griewank & Walther (2008), ch. 12, checkpoints; Bolte, Pauwels & Vaiter (2023), one-step differentiation,
-        arXiv:2305.13768.
+        arXiv:2305.13768; Maclaurin, Duvenaud & Adams (2015), reversible momentum, arXiv:1502.03492.
 
     >>> a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     >>> root = unroll(lambda z, a: (z + a / z) / 2, torch.ones_like(a), a, steps=6)
@@ -71,20 +91,29 @@ def unroll(
     tensor(1.4142, dtype=torch.float64, grad_fn=<DivBackward0>)
     >>> torch.autograd.grad(root, a)[0]  # 1 / (2 √2)
     tensor(0.3536, dtype=torch.float64)
+    >>> z0 = torch.zeros_like(a)
+    >>> there = unroll(lambda z, a: z - 0.1 * (z - a), z0, a, steps=100, mode="reversible", momentum=0.8)
+    >>> there.detach(), torch.autograd.grad(there, a)[0]
+    (tensor(2.0000, dtype=torch.float64), tensor(1.0000, dtype=torch.float64))
     """
-    _check(steps, mode, last)
+    _check(steps, mode, last, momentum)
+    if mode == "reversible":
+        return _reversible(step, z0, theta, steps, momentum)
+    call = partial(_same_shape, step)
     if mode == "checkpointed":
-        return _checkpointed(step, z0, theta, steps)
+        return _checkpointed(call, z0, theta, steps, momentum)
+    v: Tensor | None = None
     if mode == "truncated":
         differentiated = min(1, steps) if last is None else last
         if differentiated < steps:
             with torch.no_grad():
-                z0 = _run(step, steps - differentiated, z0.detach(), *theta).detach()
+                z0, v = heavy_ball_from(call, steps - differentiated, momentum, z0.detach(), None, *theta)
+            z0, v = z0.detach(), None if v is None else v.detach()
         steps = differentiated
-    return _run(step, steps, z0, *theta)
+    return heavy_ball_from(call, steps, momentum, z0, v, *theta)[0]
 
 
-def _check(steps: int, mode: str, last: int | None) -> None:
+def _check(steps: int, mode: str, last: int | None, momentum: float) -> None:
     """Refuse settings that mean nothing."""
     if mode not in MODES:
         raise ArgumentError(f"mode must be one of {MODES}, got {mode!r}")
@@ -94,28 +123,37 @@ def _check(steps: int, mode: str, last: int | None) -> None:
         raise ArgumentError(f"last is for mode='truncated' only, got last={last} with mode={mode!r}; leave it out")
     if last is not None and not 0 <= last <= steps:
         raise ArgumentError(f"last must be between 0 and steps = {steps}, got {last}")
+    if not 0 <= checks.number("momentum", momentum) < 1:
+        raise ArgumentError(f"momentum must be in [0, 1), got {momentum}; with 1 or more the velocity never dies out")
 
 
-def _run(step: Step, steps: int, z: Tensor, *theta: Tensor) -> Tensor:
-    """The plain loop."""
-    for _ in range(steps):
-        following = step(z, *theta)
-        if following.shape != z.shape:
-            raise ShapeError(
-                f"step must keep the shape of z, {tuple(z.shape)}, but returned {tuple(following.shape)}; "
-                "broadcast z0 to the shape of the batch first"
-            )
-        z = following
-    return z
+def _same_shape(step: Step, z: Tensor, *theta: Any) -> Tensor:
+    """The step, which must keep the shape."""
+    following = step(z, *theta)
+    if following.shape != z.shape:
+        raise ShapeError(
+            f"step must keep the shape of z, {tuple(z.shape)}, but returned {tuple(following.shape)}; "
+            "broadcast z0 to the shape of the batch first"
+        )
+    return following
 
 
-def _checkpointed(step: Step, z: Tensor, theta: tuple[Tensor, ...], steps: int) -> Tensor:
+def _checkpointed(call: Step, z: Tensor, theta: tuple[Any, ...], steps: int, momentum: float) -> Tensor:
     """The loop in ⌈√K⌉ segments of nearly equal length, of which only the starting points are remembered."""
     segments = math.ceil(math.sqrt(steps))
+    v: Tensor | None = None
     for k in range(segments):
         length = (k + 1) * steps // segments - k * steps // segments
-        z = checkpoint(partial(_run, step, length), z, *theta, use_reentrant=False)
+        z, v = checkpoint(partial(heavy_ball_from, call, length, momentum), z, v, *theta, use_reentrant=False)
     return z
+
+
+@uncompiled
+def _reversible(step: Step, z0: Tensor, theta: tuple[Any, ...], steps: int, momentum: float) -> Tensor:
+    """The loop in integers; half precision is computed in float32."""
+    entrance = enter("fixed_point", step, z0, theta, what="unroll")
+    z = reversible(entrance.structure.call, steps, momentum, entrance.z0, *entrance.leaves)
+    return z.to(entrance.dtype)
 
 
 def mirror_step(log_y: Tensor, scores: Tensor, rate: float) -> Tensor:  # (*, n), (*, n) -> (*, n)
@@ -132,6 +170,7 @@ def unrolled_softmax(
     rate: float = 0.5,
     mode: UnrollMode = "full",
     last: int | None = None,
+    momentum: float = 0.0,
 ) -> Tensor:  # (*, n, *)
     r"""The softmax linear program by unrolled mirror ascent (exponentiated gradient).
 
@@ -145,7 +184,7 @@ def unrolled_softmax(
         x: scores.
         dim: the axis of the simplex.
         temperature: τ > 0.
-        steps, mode, last: as in `unroll`.
+        steps, mode, last, momentum: as in `unroll`.
         rate: γ in (0, 1].
 
     Returns:
@@ -169,7 +208,9 @@ def unrolled_softmax(
     if not 0.0 < rate <= 1.0:
         raise ArgumentError(f"rate must be in (0, 1], got {rate}; it is the share of the way taken in one step")
     scores = x.movedim(dim, -1) / temperature if x.ndim else x / temperature
-    log_y = unroll(partial(mirror_step, rate=rate), torch.zeros_like(scores), scores, steps=steps, mode=mode, last=last)
+    step = partial(mirror_step, rate=rate)
+    start = torch.zeros_like(scores)
+    log_y = unroll(step, start, scores, steps=steps, mode=mode, last=last, momentum=momentum)
     return log_y.exp().movedim(-1, dim) if x.ndim else log_y.exp()
 
 
@@ -190,6 +231,7 @@ def unrolled_qp(
     steps: int = 100,
     mode: UnrollMode = "full",
     last: int | None = None,
+    momentum: float = 0.0,
 ) -> Tensor:  # (*B, n)
     r"""A strictly convex quadratic program by unrolled ADMM: `steps` iterations, factors made once inside autograd.
 
@@ -204,7 +246,7 @@ def unrolled_qp(
         Q, p: the cost; Q positive definite, only its symmetric part counts.
         A, b: equality constraints, rows independent.
         G, h: inequality constraints.
-        steps, mode, last: as in `unroll`.
+        steps, mode, last, momentum: as in `unroll`.
 
     Returns:
         z after `steps` steps: Az = b and stationarity hold to rounding, Gz ≤ h in the limit.
@@ -227,7 +269,7 @@ def unrolled_qp(
     >>> unrolled_qp(Q, p, G=torch.ones(1, 2), h=torch.tensor([1.0]))
     tensor([0., 1.])
     """
-    _check(steps, mode, last)
+    _check(steps, mode, last, momentum)
     if (A is None) != (b is None) or (G is None) != (h is None):
         raise ArgumentError("A and b come together, and so do G and h; one of a pair is missing")
     given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h}
@@ -252,7 +294,7 @@ def unrolled_qp(
     g0 = _matvec(G, z0)
     g0, h = torch.broadcast_tensors(g0, h)
     v0 = torch.zeros_like(g0).expand(torch.broadcast_shapes(g0.shape, T.shape[:-1]))
-    v = unroll(admm_step, v0, T, g0, h, steps=steps, mode=mode, last=last)
+    v = unroll(admm_step, v0, T, g0, h, steps=steps, mode=mode, last=last, momentum=momentum)
     return z0 - _matvec(PGt, rho * (v - torch.minimum(v, h)))
 
 

@@ -93,6 +93,87 @@ def _softmax(method: str) -> Operation:
     )
 
 
+# --- the simplex family ---------------------------------------------------------------------------------------------
+
+
+def _apart(batch: Batch, seed: int) -> Tensor:
+    """Scores whose answers are well away from the kinks: nearly −1, 0, 0.3 and 0.5, in any order and at any height."""
+    normal = _normal(seed)
+    base = torch.tensor([0.5, 0.0, -1.0, 0.3], dtype=torch.float64)
+    order = normal(*batch, 4).argsort(-1)
+    return base.expand(*batch, 4).gather(-1, order) + 0.05 * normal(*batch, 4).tanh() + normal(*batch, 1)
+
+
+def _with_temperature(batch: Batch, seed: int) -> Tensors:
+    return _apart(batch, seed), 0.8 + 0.1 * _normal(seed + 1)(*batch, 1).tanh()
+
+
+def _with_alpha(batch: Batch, seed: int) -> Tensors:
+    return *_with_temperature(batch, seed), 1.5 + 0.2 * _normal(seed + 2)(*batch, 1).tanh()
+
+
+def _with_k(batch: Batch, seed: int) -> Tensors:
+    return *_with_temperature(batch, seed), 1.6 + 0.1 * _normal(seed + 2)(*batch, 1).tanh()
+
+
+def _with_target(batch: Batch, seed: int) -> Tensors:
+    return *_with_alpha(batch, seed), _normal(seed + 3)(*batch, 4)
+
+
+def _loss(x: Tensor, temperature: Tensor, alpha: Tensor, target: Tensor) -> Tensors:
+    return (il.fenchel_young_loss(x, target.softmax(-1), alpha, temperature=temperature),)
+
+
+def _family(
+    name: str,
+    make: Callable[[Batch, int], Tensors],
+    call: Callable[..., Tensors],
+    *,
+    steps: int,
+    syncs: int = 2,
+    **more: object,
+) -> Operation:
+    return Operation(
+        name,
+        make,
+        call,
+        events=tuple(x.ndim for x in make((), 0)),
+        syncs=(syncs, 1, 0),
+        iterations=lambda *tensors: torch.tensor(steps),
+        **more,  # type: ignore[arg-type]
+    )
+
+
+FAMILY = (
+    _family("il.sparsemax", _with_temperature, lambda x, t: (il.sparsemax(x, temperature=t),), steps=6, fake_cuda=True),
+    _family("il.entmax: 1.5", _with_temperature, lambda x, t: (il.entmax(x, temperature=t),), steps=10, fake_cuda=True),
+    _family(
+        "il.entmax",
+        _with_alpha,
+        lambda x, t, a: (il.entmax(x, a, temperature=t),),
+        steps=10,
+        syncs=3,
+        fake_cuda=True,
+    ),
+    _family("il.soft_top_k", _with_k, lambda x, t, k: (il.soft_top_k(x, k, temperature=t),), steps=16, syncs=4),
+    _family(
+        "il.soft_top_k: euclidean",
+        _with_k,
+        lambda x, t, k: (il.soft_top_k(x, k, temperature=t, regulariser="euclidean"),),
+        steps=16,
+        syncs=4,
+    ),
+    _family(
+        "il.regularized_argmax",
+        _with_k,
+        lambda x, t, k: (il.regularized_argmax(x, "entropy", temperature=t, total=k),),
+        steps=16,
+        syncs=4,
+    ),
+    _family("il.fenchel_young_loss", _with_target, _loss, steps=10, syncs=6),
+)
+
+
 # --- quadratic programs ---------------------------------------------------------------------------------------------
 
 QP_NAMES = ("Q", "p", "A", "b", "G", "h", "lb", "ub")
@@ -134,9 +215,60 @@ def _solve_qp(what: str, n: int, n_ineq: int, n_eq: int, *, bounds: bool = False
         events=tuple(QP_EVENTS[name] for name in names),
         fullgraph=True,
         fullgraph_vmap=False,
-        syncs=(40, 2, 2) if bounds or linear else (15, 2, 1) if n_ineq else (8, 0, 1),
+        syncs=(40, 2, 2) if bounds or linear else (14, 2, 1) if n_ineq else (7, 0, 1),
         iterations=lambda *tensors: solve(*tensors).info.iterations,
     )
+
+
+# --- entropy-regularised programs over polytopes, and transport plans -----------------------------------------------
+
+POLYTOPE_NAMES = ("c", "A", "b", "G", "h", "ub", "temperature")
+POLYTOPE_EVENTS = dict(zip(POLYTOPE_NAMES, (1, 2, 1, 2, 1, 1, 1), strict=True))
+
+
+def _polytope(batch: Batch, seed: int) -> dict[str, Tensor]:
+    """A polytope around a point, with every inequality well active or well slack."""
+    normal = _normal(seed)
+    point = torch.tensor([0.6, 0.3, 0.5, 0.4, 0.7], dtype=torch.float64)
+    rows = torch.tensor([[0.9, 0.2, 0.5, 0.6, 0.3], [0.1, 0.8, 0.4, 0.3, 0.7]], dtype=torch.float64)
+    A, G = rows + 0.05 * normal(*batch, 2, 5), torch.eye(2, 5, dtype=torch.float64) + 0.05 * normal(*batch, 2, 5)
+    return {
+        "c": 0.5 * normal(*batch, 5) + torch.tensor([3.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64),
+        "A": A,
+        "b": rows @ point + 0.02 * normal(*batch, 2),  # any b goes with any A: the gradients are tested one by one
+        "G": G,
+        "h": torch.tensor([0.6, 2.0], dtype=torch.float64) + 0.02 * normal(*batch, 2),
+        "ub": point + 1.5 + 0.1 * normal(*batch, 5).square(),
+        "temperature": 0.5 + 0.1 * normal(*batch, 1).square(),
+    }
+
+
+def _entropic_lp(what: str, names: tuple[str, ...], slack: str = "hard") -> Operation:
+    def solve(*tensors: Tensor) -> il.Solution:
+        return il.entropic_lp(**dict(zip(names, tensors, strict=True)), slack=slack)
+
+    def make(batch: Batch, seed: int) -> Tensors:
+        data = _polytope(batch, seed)
+        return tuple(data[name] for name in names)
+
+    return Operation(
+        name=f"il.entropic_lp{what}",
+        make=make,
+        call=lambda *tensors: (solve(*tensors).value,),
+        events=tuple(POLYTOPE_EVENTS[name] for name in names),
+        syncs=(16, 8, 6),
+        iterations=lambda *tensors: solve(*tensors).info.iterations,
+    )
+
+
+def _plan_data(batch: Batch, seed: int) -> Tensors:
+    normal = _normal(seed)
+    temperature = 0.3 + 0.1 * normal(*batch, 1, 1).square()
+    return normal(*batch, 3, 4).square(), normal(*batch, 3), normal(*batch, 4), temperature
+
+
+def _plan(C: Tensor, x: Tensor, y: Tensor, temperature: Tensor) -> il.Solution:
+    return il.sinkhorn(C, x.softmax(-1), y.softmax(-1), temperature=temperature)
 
 
 # --- the core: z = x + ¼ tanh(W z), and ridge-regularised logistic regression -----------------------------------------
@@ -184,22 +316,163 @@ def _fitted(X: Tensor, target: Tensor) -> il.Solution:
     return il.argmin(_logistic, X.new_zeros(*batch, X.shape[-1]), X, target)
 
 
+# --- projections, soft order, linear programs -------------------------------------------------------------------------
+
+
+def _projection(name: str, make: Callable[..., Tensors], call: Callable[..., Tensor], **more: object) -> Operation:
+    """A row whose inputs are drawn by `make(normal, batch)`, all of vectors unless it says otherwise."""
+    events = tuple(x.ndim for x in make(_normal(0), ()))
+    plain = {"fullgraph": True, "fake_cuda": True, "syncs": (1, 0, 0)}
+    return Operation(
+        name=name,
+        make=lambda batch, seed: make(_normal(seed), batch),
+        call=lambda *inputs: (call(*inputs),),
+        events=events,
+        **(plain | more),  # type: ignore[arg-type]
+    )
+
+
+def _bounds(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return normal(*batch, 4), -0.5 - normal(*batch, 4).square(), 0.5 + normal(*batch, 4).square()
+
+
+def _ball(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return 2 * normal(*batch, 4), 0.5 + normal(*batch, 1).square()
+
+
+def _plane(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return normal(*batch, 4), normal(*batch, 4), normal(*batch, 1)
+
+
+def _capped(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return normal(*batch, 5), 0.5 + normal(*batch, 1).sigmoid(), 0.4 + 0.5 * normal(*batch, 5).sigmoid()
+
+
+def _weighted(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return normal(*batch, 5), 0.5 + normal(*batch, 5).square()
+
+
+def _order(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    return normal(*batch, 5), 0.2 + normal(*batch, 1).sigmoid()
+
+
+def _smoothed(normal: Callable[..., Tensor], batch: Batch) -> Tensors:
+    A, G, inside = normal(*batch, 1, 4), normal(*batch, 3, 4), normal(*batch, 4)
+    b, h = (A @ inside.unsqueeze(-1)).squeeze(-1), (G @ inside.unsqueeze(-1)).squeeze(-1) + normal(*batch, 3).sigmoid()
+    return normal(*batch, 4), A, b, G, h, 0.5 + normal(*batch, 1).sigmoid()
+
+
+def _smoothed_lp(c: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, temperature: Tensor) -> il.Solution:
+    return il.smoothed_lp(c, A=A, b=b, G=G, h=h, temperature=temperature)
+
+
+def _one_hot(index: Tensor, n: int) -> Tensor:
+    return (index.unsqueeze(-1) == torch.arange(n, device=index.device)).double()
+
+
+def _perturbed(x: Tensor, sigma: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return il.perturbed_argmax(x, lambda scores: _one_hot(scores.argmax(-1), 4), sigma=sigma, samples=50)
+
+
+NOISY = "an unbiased estimate from its own samples, which is not the derivative of the mean of these samples"
+PROJECTIONS = (
+    _projection("il.projections.box", _bounds, lambda x, lb, ub: il.projections.box(x, lb=lb, ub=ub)),
+    _projection("il.projections.l2_ball", _ball, lambda x, r: il.projections.l2_ball(x, radius=r)),
+    _projection("il.projections.l1_ball", _ball, lambda x, r: il.projections.l1_ball(x, radius=r)),
+    _projection("il.projections.simplex", _ball, lambda x, r: il.projections.simplex(x, radius=r)),
+    _projection(
+        "il.projections.capped_simplex", _capped, lambda x, k, cap: il.projections.capped_simplex(x, k, cap=cap)
+    ),
+    _projection("il.projections.half_space", _plane, lambda x, a, b: il.projections.half_space(x, normal=a, offset=b)),
+    _projection("il.projections.hyperplane", _plane, lambda x, a, b: il.projections.hyperplane(x, normal=a, offset=b)),
+    _projection("il.projections.isotonic", _weighted, lambda x, w: il.projections.isotonic(x, weight=w)),
+    _projection("il.projections.permutahedron", _weighted, il.projections.permutahedron),
+    _projection(
+        "il.projections.birkhoff",
+        lambda normal, batch: (normal(*batch, 3, 3),),
+        il.projections.birkhoff,
+        fullgraph=False,
+        fake_cuda=False,
+        syncs=(3, 3, 0),
+        iterations=lambda X: torch.tensor(12),
+    ),
+    _projection("il.soft_rank", _order, lambda x, tau: il.soft_rank(x, temperature=tau)),
+    _projection("il.soft_sort", _order, lambda x, tau: il.soft_sort(x, temperature=tau)),
+    _projection(
+        "il.smoothed_lp",
+        _smoothed,
+        lambda *inputs: _smoothed_lp(*inputs).value,
+        fullgraph=False,
+        fake_cuda=False,
+        syncs=(16, 2, 1),
+        iterations=lambda *inputs: _smoothed_lp(*inputs).info.iterations,
+    ),
+    _projection(
+        "il.spo_plus_loss",
+        lambda normal, batch: (normal(*batch, 4), normal(*batch, 4)),
+        lambda predicted, true: il.spo_plus_loss(
+            predicted, true, lambda costs: _one_hot(costs.argmin(-1), 4), reduction="none"
+        ),
+        fullgraph=False,
+        fake_cuda=False,
+    ),
+    _projection(
+        "il.perturbed_argmax",
+        lambda normal, batch: (normal(*batch, 4), 0.5 + normal(*batch, 1).square()),
+        _perturbed,
+        fullgraph=False,
+        fake_cuda=False,
+        exceptions=dict.fromkeys(
+            (
+                "`gradcheck`",
+                "`gradgradcheck`",
+                "forward mode, and over reverse",
+                "batched gradients (`is_grads_batched`)",
+                "`jvp`",
+                "`jacrev`",
+                "`jacfwd`",
+                "`jacrev(jacrev)`",
+                "`jacfwd(jacrev)`, `hessian`",
+                "`jacrev(jacfwd)`",
+                "`jacfwd(jacfwd)`",
+            ),
+            NOISY,
+        )
+        | dict.fromkeys(
+            (
+                "`vmap(grad)`, per-sample gradients",
+                "`vmap(jacrev)`, `vmap(jacfwd)`",
+                "several leading dimensions = loop over the elements",
+            ),
+            "every problem of a batch has noise of its own",
+        )
+        | {"float32 is close to float64 and stays float32": "PyTorch draws other numbers in float32"},
+    ),
+)
+
+
 # --- modules --------------------------------------------------------------------------------------------------------
 
 
 def _module(
-    name: str, module: Callable[[], torch.nn.Module], state: Callable[[int], Tensors], width: int, **more: object
+    name: str,
+    module: Callable[[], torch.nn.Module],
+    state: Callable[[int], Tensors],
+    width: int | tuple[int, ...],
+    **more: object,
 ) -> Operation:
     held = module()
+    shape = (width,) if isinstance(width, int) else width
     names = [key for key, _ in held.named_parameters()]
 
     def make(batch: Batch, seed: int) -> Tensors:
-        return *state(seed), _normal(seed + 1000)(*batch, width)
+        return *state(seed), _normal(seed + 1000)(*batch, *shape)
 
     def call(*tensors: Tensor) -> Tensors:
         return (torch.func.functional_call(held, dict(zip(names, tensors[:-1], strict=True)), (tensors[-1],)),)
 
-    events = (*(parameter.ndim for parameter in held.parameters()), 1)
+    events = (*(parameter.ndim for parameter in held.parameters()), len(shape))
     batched = (*(False for _ in names), True)
     return Operation(name, make, call, events, batched, module, **more)  # type: ignore[arg-type]
 
@@ -226,15 +499,59 @@ def _softmax_layer() -> torch.nn.Module:
     return il.nn.Softmax(temperature=0.7, learn_temperature=True).double()
 
 
+def _entropic_lp_layer() -> torch.nn.Module:
+    A, b, _ = _entropic_lp_layer_state(0)
+    return il.nn.EntropicLP(A=torch.nn.Parameter(A), b=torch.nn.Parameter(b), temperature=0.7, learn_temperature=True)
+
+
+def _entropic_lp_layer_state(seed: int) -> Tensors:
+    A = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.2, 0.9, 0.4, 0.6]], dtype=torch.float64)
+    A = A + 0.02 * _normal(seed)(2, 4)
+    return A, torch.tensor([1.1, 0.6], dtype=torch.float64), torch.tensor(-0.3, dtype=torch.float64)
+
+
+def _sinkhorn_layer() -> torch.nn.Module:
+    return il.nn.Sinkhorn(temperature=0.7, learn_temperature=True).double()
+
+
+def _projection_layer() -> torch.nn.Module:
+    normal, offset = (torch.nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (4, 1))
+    return il.nn.Projection(il.projections.half_space, normal=normal, offset=offset)
+
+
+def _soft_order(kind: type[torch.nn.Module]) -> Operation:
+    return _module(
+        f"nn.{kind.__name__}",
+        lambda: kind(temperature=0.7, learn_temperature=True).double(),
+        lambda seed: (torch.tensor(-0.3, dtype=torch.float64),),
+        4,
+        fullgraph=True,
+        fake_cuda=True,
+        syncs=(1, 0, 0),
+    )
+
+
 OPERATIONS = (
     _softmax("closed"),
     _softmax("newton"),
     _softmax("kkt"),
+    *FAMILY,
     _solve_qp("", 3, 2, 1),
     _solve_qp(": inequalities", 3, 3, 0),
     _solve_qp(": equalities", 3, 0, 2),
     _solve_qp(": bounds", 3, 2, 1, bounds=True),
     _solve_qp(": linear program", 3, 1, 1, bounds=True, linear=True),
+    _entropic_lp("", ("c", "A", "b", "temperature")),
+    _entropic_lp(": inequalities", POLYTOPE_NAMES),
+    _entropic_lp(": entropic slack", POLYTOPE_NAMES, "entropic"),
+    Operation(
+        name="il.sinkhorn",
+        make=_plan_data,
+        call=lambda *tensors: (_plan(*tensors).value,),
+        events=(2, 1, 1, 2),
+        syncs=(12, 3, 3),
+        iterations=lambda *tensors: _plan(*tensors).info.iterations,
+    ),
     Operation(
         name="il.root",
         make=_affine,
@@ -274,6 +591,14 @@ OPERATIONS = (
         fullgraph=True,
         fake_cuda=True,
     ),
+    Operation(
+        name="il.unroll: reversible",
+        make=_affine,
+        call=lambda W, x: (il.unroll(_step, _start(W, x), W, x, steps=60, mode="reversible", momentum=0.1),),
+        events=(2, 1),
+        syncs=(1, 1, 1),
+        iterations=lambda W, x: torch.tensor(60),
+    ),
     _module(
         "nn.Softmax",
         _softmax_layer,
@@ -293,4 +618,56 @@ OPERATIONS = (
         syncs=(14, 2, 1),
         iterations=_qp_layer_iterations,
     ),
+    _module(
+        "nn.Sparsemax",
+        lambda: il.nn.Sparsemax(learn_temperature=True).double(),
+        lambda seed: (torch.tensor(0.4, dtype=torch.float64),),
+        4,
+        syncs=(2, 1, 0),
+        iterations=lambda *tensors: torch.tensor(10),
+    ),
+    _module(
+        "nn.SoftTopK",
+        lambda: il.nn.SoftTopK(2, temperature=0.8, learn_temperature=True).double(),
+        lambda seed: (torch.tensor(-0.2, dtype=torch.float64),),
+        4,
+        syncs=(4, 1, 0),
+        iterations=lambda *tensors: torch.tensor(16),
+    ),
+    _module(
+        "nn.Entmax",
+        lambda: il.nn.Entmax(1.5, learn_temperature=True, learn_alpha=True).double(),
+        lambda seed: (torch.tensor(-0.2, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)),
+        4,
+        syncs=(3, 1, 0),
+        iterations=lambda *tensors: torch.tensor(10),
+    ),
+    _module(
+        "nn.EntropicLP",
+        _entropic_lp_layer,
+        _entropic_lp_layer_state,
+        4,
+        syncs=(16, 8, 6),
+        iterations=lambda *tensors: torch.tensor(20),
+    ),
+    _module(
+        "nn.Sinkhorn",
+        _sinkhorn_layer,
+        lambda seed: (torch.tensor(-0.3, dtype=torch.float64),),
+        (3, 4),
+        syncs=(12, 3, 3),
+        iterations=lambda *tensors: torch.tensor(40),
+    ),
+    *PROJECTIONS,
+    _module(
+        "nn.Projection",
+        _projection_layer,
+        lambda seed: (_normal(seed)(4), _normal(seed + 1)(1)),
+        4,
+        fullgraph=True,
+        fake_cuda=True,
+        syncs=(1, 0, 0),
+    ),
+    _soft_order(il.nn.SoftRank),
+    _soft_order(il.nn.SoftSort),
 )

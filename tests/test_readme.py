@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line]
-MARKED_TABLES = ["qp", "memory"]
+MARKED_TABLES = ["qp", "qp-accuracy", "memory", "simplex", "scaling"]
 
 
 def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
@@ -46,9 +46,9 @@ def test_every_extra_that_is_named_exists():
     assert named and named <= extras
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bil\.((?:nn\.|testing\.)?\w+)", README))))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\bil\.((?:nn\.|testing\.|projections\.)?\w+)", README))))
 def test_every_public_name_that_is_named_exists(name):
-    assert callable(attrgetter(name)(il)) or name in ("nn", "testing")
+    assert callable(attrgetter(name)(il)) or name in ("nn", "testing", "projections")
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)", README))))

@@ -381,8 +381,9 @@ def test_an_unknown_method_is_named():
 @pytest.mark.parametrize("temperature", [1.0, torch.tensor(0.5)])
 def test_the_checks_of_values_cost_one_host_synchronisation(monkeypatch, temperature):
     calls = []
-    read = checks.host_bool
-    monkeypatch.setattr(checks, "host_bool", lambda flag: calls.append(1) or read(flag))
+    for name in ("host_bool", "host_nan"):
+        read = getattr(checks, name)
+        monkeypatch.setattr(checks, name, lambda value, read=read: calls.append(1) or read(value))
     il.softmax(draw(3, 4, dtype=torch.float32), temperature=temperature).sum()
     assert len(calls) == 1
     vmap(il.softmax)(draw(3, 4))

@@ -94,7 +94,7 @@ def test_truncated_to_nothing_is_a_constant_and_leaves_z0_alone():
 
 def test_no_steps_return_the_initial_point():
     W, x, z0 = contraction_problem()
-    for mode in ("full", "truncated", "checkpointed"):
+    for mode in ("full", "truncated", "checkpointed", "reversible"):
         assert torch.equal(unroll(contraction, z0, W, x, steps=0, mode=mode), z0)
 
 
@@ -130,7 +130,7 @@ def test_checkpointed_remembers_less_and_runs_about_twice():
     assert 190 <= calls <= 200
 
 
-@pytest.mark.parametrize("mode", ["full", "checkpointed", "truncated"])
+@pytest.mark.parametrize("mode", ["full", "checkpointed", "truncated", "reversible"])
 def test_second_derivatives(mode):
     W, x, z0 = contraction_problem()
     settings = {"last": 3} if mode == "truncated" else {}
@@ -142,7 +142,7 @@ def test_second_derivatives(mode):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 3, "mode": "reversible"}, "'full', 'truncated', 'checkpointed'"),
+        ({"steps": 3, "mode": "forgetful"}, "'full', 'truncated', 'checkpointed', 'reversible'"),
         ({"steps": -1}, "steps must be 0 or more"),
         ({"steps": 3, "last": 1}, "truncated"),
         ({"steps": 3, "mode": "truncated", "last": 4}, "between 0 and steps = 3"),

@@ -7,44 +7,27 @@ import math
 import torch
 from torch import Tensor, nn
 
-from implicit_layers import checks, simplex
-from implicit_layers.errors import ArgumentTypeError
+from implicit_layers import checks, simplex, top_k, tsallis
+from implicit_layers.errors import ArgumentError, ArgumentTypeError
 
 
-class Softmax(nn.Module):
-    r"""Softmax as an entropy-regularised linear program; see `implicit_layers.softmax`.
+class Tempered(nn.Module):
+    """What the modules of the family share: the axis of the scores, and a temperature that may be learned.
 
-    Args:
-        dim: the axis of the scores.
-        temperature: τ > 0; the starting value if it is learned.
-        learn_temperature: make the temperature a parameter. It is stored as `log_temperature`, whose exponential is
-            used, so an optimiser can never make it negative. It has the default dtype: `module.double()` for float64
-            scores; for float16 and bfloat16 scores leave it in float32.
-        method: "closed", "newton" or "kkt".
-
-    Raises:   ValueError: τ is not positive and finite, or the method is unknown.
-
-    >>> Softmax(temperature=0.5)(torch.tensor([0.0, 1.0]))
-    tensor([0.1192, 0.8808])
+    A learned temperature is stored as `log_temperature`, whose exponential is used, so that an optimiser can never
+    make it negative. It has the default dtype: `module.double()` for float64 scores; for float16 and bfloat16 scores
+    leave it in float32.
     """
 
     log_temperature: nn.Parameter | None
 
-    def __init__(
-        self,
-        dim: int = -1,
-        temperature: float = 1.0,
-        learn_temperature: bool = False,
-        method: simplex.SoftmaxMethod = "closed",
-    ) -> None:
+    def __init__(self, dim: int, temperature: float, learn_temperature: bool) -> None:
         super().__init__()
         if isinstance(temperature, Tensor):
             raise ArgumentTypeError("temperature must be a number; to learn it pass learn_temperature=True")
         checks.positive("temperature", temperature)
         checks.integer("dim", dim)
-        simplex.check_method(method)
         self.dim = dim
-        self.method: simplex.SoftmaxMethod = method
         self.learn_temperature = learn_temperature
         self._temperature = float(temperature)
         start = nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
@@ -55,13 +38,155 @@ class Softmax(nn.Module):
         """τ: a number, or a 0-d tensor if it is learned."""
         return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
-    def forward(self, x: Tensor) -> Tensor:  # (*, n, *) -> (*, n, *)
-        """The point of the simplex that the scores choose."""
-        return simplex.softmax(x, self.dim, temperature=self.temperature, method=self.method)
-
     def extra_repr(self) -> str:
         """The settings, as in the constructor."""
         temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
         learned = ", learn_temperature=True" if self.learn_temperature else ""
-        method = f", method={self.method!r}" if self.method != "closed" else ""
-        return f"dim={self.dim}, temperature={temperature:g}{learned}{method}"
+        return f"dim={self.dim}, temperature={temperature:g}{learned}"
+
+
+class Softmax(Tempered):
+    r"""Softmax as an entropy-regularised linear program; see `implicit_layers.softmax`.
+
+    Args:
+        dim: the axis of the scores.
+        temperature: τ > 0; the starting value if it is learned.
+        learn_temperature: make the temperature a parameter, see `Tempered`.
+        method: "closed", "newton" or "kkt".
+
+    Raises:   ValueError: τ is not positive and finite, or the method is unknown.
+
+    >>> Softmax(temperature=0.5)(torch.tensor([0.0, 1.0]))
+    tensor([0.1192, 0.8808])
+    """
+
+    def __init__(
+        self,
+        dim: int = -1,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        method: simplex.SoftmaxMethod = "closed",
+    ) -> None:
+        super().__init__(dim, temperature, learn_temperature)
+        simplex.check_method(method)
+        self.method: simplex.SoftmaxMethod = method
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (*, n, *) -> (*, n, *)
+        """The point of the simplex that the scores choose."""
+        return simplex.softmax(x, self.dim, temperature=self.temperature, mask=mask, method=self.method)
+
+    def extra_repr(self) -> str:
+        """The settings, as in the constructor."""
+        return super().extra_repr() + (f", method={self.method!r}" if self.method != "closed" else "")
+
+
+class Sparsemax(Tempered):
+    """Projection on the probability simplex; see `implicit_layers.sparsemax`.
+
+    Args:
+        dim: the axis of the scores.
+        temperature, learn_temperature: as in `Softmax`.
+
+    Raises:   ValueError: τ is not positive and finite.
+
+    >>> Sparsemax()(torch.tensor([0.0, 1.0, 0.9]))
+    tensor([0.0000, 0.5500, 0.4500])
+    """
+
+    def __init__(self, dim: int = -1, temperature: float = 1.0, learn_temperature: bool = False) -> None:
+        super().__init__(dim, temperature, learn_temperature)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (*, n, *) -> (*, n, *)
+        """The point of the simplex that the scores choose."""
+        return tsallis.sparsemax(x, self.dim, temperature=self.temperature, mask=mask)
+
+
+class Entmax(Tempered):
+    r"""Sparse choices between softmax (α = 1) and sparsemax (α = 2); see `implicit_layers.entmax`.
+
+    Args:
+        alpha: α ≥ 1; the starting value, strictly between 1 and 2, if it is learned.
+        dim: the axis of the scores.
+        temperature, learn_temperature: as in `Softmax`.
+        learn_alpha: make α a parameter. It is stored as `logit_alpha`, α = 1 + σ(logit_alpha), so an optimiser can
+            never take it out of (1, 2).
+
+    Raises:   ValueError: α or τ out of its range.
+
+    >>> Entmax(1.5)(torch.tensor([0.0, 1.0, 2.0]))
+    tensor([0.0000, 0.1693, 0.8307])
+    """
+
+    logit_alpha: nn.Parameter | None
+
+    def __init__(
+        self,
+        alpha: float = 1.5,
+        dim: int = -1,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        learn_alpha: bool = False,
+    ) -> None:
+        super().__init__(dim, temperature, learn_temperature)
+        tsallis.check_alpha(checks.number("alpha", alpha))
+        if learn_alpha and not 1 < alpha < 2:
+            raise ArgumentError(f"a learned alpha starts strictly between 1 and 2, got {alpha}")
+        self.learn_alpha, self._alpha = learn_alpha, float(alpha)
+        start = nn.Parameter(torch.tensor(math.log((alpha - 1) / (2 - alpha)))) if learn_alpha else None
+        self.register_parameter("logit_alpha", start)
+
+    @property
+    def alpha(self) -> Tensor | float:
+        """α: a number, or a 0-d tensor if it is learned."""
+        return self._alpha if self.logit_alpha is None else 1 + self.logit_alpha.sigmoid()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (*, n, *) -> (*, n, *)
+        """The point of the simplex that the scores choose."""
+        return tsallis.entmax(x, self.alpha, self.dim, temperature=self.temperature, mask=mask)
+
+    def extra_repr(self) -> str:
+        """The settings, as in the constructor."""
+        learned = ", learn_alpha=True" if self.learn_alpha else ""
+        return f"alpha={float(torch.as_tensor(self.alpha).detach()):g}, {super().extra_repr()}{learned}"
+
+
+class SoftTopK(Tempered):
+    """Choose k of n, softly; see `implicit_layers.soft_top_k`.
+
+    Args:
+        k: how many, a number.
+        dim: the axis of the scores.
+        temperature, learn_temperature: as in `Softmax`.
+        regulariser: "entropy" or "euclidean".
+
+    Raises:   ValueError: k is negative or not finite, τ not positive and finite, or the regulariser unknown.
+
+    >>> SoftTopK(2)(torch.tensor([0.0, 2.0, 1.0, -1.0]))
+    tensor([0.3775, 0.8176, 0.6225, 0.1824])
+    """
+
+    def __init__(
+        self,
+        k: float,
+        dim: int = -1,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        regulariser: top_k.TopKRegulariser = "entropy",
+    ) -> None:
+        super().__init__(dim, temperature, learn_temperature)
+        if not 0 <= checks.number("k", k) < math.inf:
+            raise ArgumentError(f"k must be at least 0 and finite, got {k}")
+        top_k.check_regulariser(regulariser)
+        self.k = k
+        self.regulariser: top_k.TopKRegulariser = regulariser
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (*, n, *) -> (*, n, *)
+        """How much of each entry is chosen, k in all."""
+        return top_k.soft_top_k(
+            x, self.k, self.dim, temperature=self.temperature, regulariser=self.regulariser, mask=mask
+        )
+
+    def extra_repr(self) -> str:
+        """The settings, as in the constructor."""
+        regulariser = f", regulariser={self.regulariser!r}" if self.regulariser != "entropy" else ""
+        return f"k={self.k}, {super().extra_repr()}{regulariser}"

@@ -108,9 +108,12 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         if settings.elastic:
             data = data._replace(compliance=data.p.new_ones(1, 1).expand(1, data.E.shape[-2]))
         rounding = torch.finfo(dtype).eps
-        if settings.synchronises:
-            data = data._replace(Q=quadratic.convex(data.Q, batch, rounding))
         result = solver.solve(data, batch.numel(), settings.begin)
+        if settings.synchronises and isinstance(result.factor, condensed.Factor):  # the other proves Q definite
+            Q = quadratic.convex(data.Q, batch, rounding)
+            if Q is not data.Q:
+                data = data._replace(Q=Q)
+                result = solver.solve(data, batch.numel(), settings.begin)
         if settings.synchronises and rounding > torch.finfo(data.p.dtype).eps:
             data, result = _despite_rounding(solver, data, batch.numel(), result, rounding)
         z, y, bound = (t.to(dtype) for t in (result.z, result.y, result.bound))

@@ -6,3 +6,4 @@ from implicit_layers.solvers.gradient_descent import GradientDescent as Gradient
 from implicit_layers.solvers.interior_point import InteriorPoint as InteriorPoint
 from implicit_layers.solvers.lbfgs import LBFGS as LBFGS
 from implicit_layers.solvers.newton import Newton as Newton
+from implicit_layers.solvers.semismooth_newton import SemismoothNewton as SemismoothNewton

@@ -1,0 +1,110 @@
+"""Modules of linear programs over polytopes: they hold parameters and settings and call one function each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from implicit_layers import checks
+from implicit_layers.errors import ArgumentTypeError
+from implicit_layers.polytope import Slack, check_slack, entropic_lp
+from implicit_layers.solution import OnFailure, Solution, check_on_failure
+
+
+class EntropicLP(nn.Module):
+    r"""Scores to a point of a fixed polytope, c ↦ argmax_x ⟨c, x⟩ + τ H(x), MAXIMISED; see `entropic_lp`.
+
+    Args:
+        A, b, G, h, ub: the polytope A x = b, G x ≤ h, 0 ≤ x ≤ u. What is given as `nn.Parameter` is learned (keep it
+            feasible: b = A @ x0 of a learned positive x0 is safer through `entropic_lp` itself), the rest are buffers.
+        temperature: τ > 0; the starting value if it is learned.
+        learn_temperature: make the temperature a parameter, stored as `log_temperature`, so it stays positive. It has
+            the dtype of the constraints.
+        slack, tol, max_iter, on_failure: see `entropic_lp`.
+
+    Shape:  (*B, n) -> (*B, n).
+    Raises: as `entropic_lp`.
+
+    >>> EntropicLP(A=torch.ones(1, 2), b=torch.ones(1), temperature=0.5)(torch.tensor([0.0, 1.0]))
+    tensor([0.1192, 0.8808])
+    """
+
+    A: Tensor | None
+    b: Tensor | None
+    G: Tensor | None
+    h: Tensor | None
+    ub: Tensor | None
+    log_temperature: nn.Parameter | None
+
+    def __init__(
+        self,
+        *,
+        A: Tensor | None = None,
+        b: Tensor | None = None,
+        G: Tensor | None = None,
+        h: Tensor | None = None,
+        ub: Tensor | None = None,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        slack: Slack = "hard",
+        tol: float = 1e-10,
+        max_iter: int = 1000,
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        super().__init__()
+        if isinstance(temperature, Tensor):
+            raise ArgumentTypeError("temperature must be a number; to learn it pass learn_temperature=True")
+        checks.positive("temperature", temperature)
+        checks.stopping(tol, max_iter)
+        check_slack(slack)
+        check_on_failure(on_failure)
+        given = {name: x for name, x in (("A", A), ("b", b), ("G", G), ("h", h), ("ub", ub)) if x is not None}
+        dtype = checks.floating_tensors(**given)[0] if given else torch.get_default_dtype()
+        for name in ("A", "b", "G", "h", "ub"):
+            value = given.get(name)
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value)
+        start = nn.Parameter(torch.tensor(math.log(temperature), dtype=dtype)) if learn_temperature else None
+        self.register_parameter("log_temperature", start)
+        self._temperature = float(temperature)
+        self.slack: Slack = slack
+        self.tol, self.max_iter = tol, max_iter
+        self.on_failure: OnFailure = on_failure
+
+    @property
+    def temperature(self) -> Tensor | float:
+        """τ: a number, or a 0-d tensor if it is learned."""
+        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+
+    def solve(self, c: Tensor) -> Solution:  # (*B, n)
+        """The point that the scores choose, and how it was found."""
+        return entropic_lp(
+            c,
+            A=self.A,
+            b=self.b,
+            G=self.G,
+            h=self.h,
+            ub=self.ub,
+            temperature=self.temperature,
+            slack=self.slack,
+            tol=self.tol,
+            max_iter=self.max_iter,
+            on_failure=self.on_failure,
+        )
+
+    def forward(self, c: Tensor) -> Tensor:  # (*B, n) -> (*B, n)
+        """The point of the polytope that the scores choose."""
+        return self.solve(c).value
+
+    def extra_repr(self) -> str:
+        """The constraints' sizes and the temperature."""
+        rows = (("n_eq", self.b), ("n_ineq", self.h))
+        sizes = "".join(f"{name}={x.shape[-1]}, " for name, x in rows if x is not None)
+        bounds = "" if self.ub is None else "ub, "
+        temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
+        learned = ", learn_temperature=True" if self.log_temperature is not None else ""
+        return f"{sizes}{bounds}temperature={temperature:g}{learned}, slack={self.slack!r}"

@@ -1,0 +1,240 @@
+r"""Newton on the dual of an entropy-regularised linear program, along a path of scores that starts at a centre.
+
+    max θᵀx + H(x)   subject to   E x = f (first n_eq rows),   E x ≤ f (the others),   0 ≤ x ≤ u
+
+has x = ψ(t) entry by entry with t = θ − Eᵀη, and the dual objective D(η) = fᵀη + Σᵢ Ψ(tᵢ) with Ψ' = ψ, ∇D = f − E x,
+∇²D = E W Eᵀ with W = diag ψ'(t). Only t is stored, never log x of a rounded x, and x stays positive by itself.
+
+    hard slack       ψ(t) = min(exp(t − 1), u);   rows of E x ≤ f have η ≥ 0, and η = 0 where there is slack
+    entropic slack   ψ(t) = u σ(t) for finite u;  a row's slack is s = exp(−η − 1) and is added to E x
+
+With θ far apart (small temperatures) Newton from a cold start crawls, so the scores move to θ from flat ones, γ from
+0 to 1: every iteration is one factorisation, one Newton step back to the path, and one step along its tangent, as long
+as the constraints are still met to within a factor. Where D has no minimum, the iterates run off along a direction
+that proves that no point is feasible (`Programs.contradicted`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicit_layers import checks
+from implicit_layers.kkt.quadratic import matvec, transposed_matvec
+from implicit_layers.kkt.schur import factorise, gram
+from implicit_layers.solution import Status
+
+_NEAR = 0.3  # relative residual from which on the path is followed
+_CLOSE = 0.1  # and the Newton decrement, relative to the curvature
+_STRAY, _STRAY_SMOOTH = 0.6, 0.1  # the most that a step along the path may leave; sigmoids hide much of it
+_LONGER, _SHORTER = 4.0, 0.3  # how the step along the path grows and shrinks
+_DAMPING = 1e-2  # curvature lent to entries at their bounds, relative to the residual and to that without bounds
+_SMALL = 1e-3  # residual from which on a smaller one is progress, whatever rounding makes of the objective
+_TRIALS = 40  # of the line search
+_FLOOR = 1e-5  # rows smaller than this, next to the largest row of the problem, are judged by it
+_PROOF = 1e-10  # relative size from which on a gap is a contradiction and not rounding
+_FAR = 1e8  # a point this many times larger than the right-hand sides is none
+_WEAK = 1e-9  # relative size below which a dual and a slack are both zero
+
+
+class Point(NamedTuple):
+    """The primal at some duals, and what Newton needs of it."""
+
+    x: Tensor  # (N, n)
+    weight: Tensor  # (N, n): ψ'(t)
+    slack: Tensor  # (N, m): the slack that has entropy, else 0
+    excess: Tensor  # (N, m): E x + slack − f = −∇D
+    size: Tensor  # (N, m): |E| x + slack + |f|, what the excess is measured against
+    value: Tensor  # (N,): D
+
+
+class Programs(NamedTuple):
+    """A batch of programs, rows of largest entry one; leading dimension N, or 1 for an E that all share."""
+
+    theta: Tensor  # (N, n)
+    E: Tensor  # (N or 1, m, n)
+    f: Tensor  # (N, m)
+    ub: Tensor  # (N, n), inf where there is none, 0 where the constraints leave nothing else
+    scale: Tensor  # (N or 1, m): what the rows were divided by
+    n_eq: int
+    entropic: bool
+
+    def inequality(self) -> Tensor:  # (m,)
+        """Which rows are inequalities."""
+        return torch.arange(self.f.shape[-1], device=self.f.device) >= self.n_eq
+
+    def at(self, t: Tensor, eta: Tensor) -> Point:  # (N, n), (N, m)
+        """Evaluate at t = θ − Eᵀη for the θ of the path."""
+        bounded = torch.isfinite(self.ub)
+        u = torch.where(bounded, self.ub, 0.0)
+        free = (t - 1).exp()
+        if self.entropic:
+            share = torch.sigmoid(t)
+            x = torch.where(bounded, u * share, free)
+            weight = torch.where(bounded, u * share * torch.sigmoid(-t), free)
+            potential = torch.where(bounded, u * torch.nn.functional.softplus(t), free)
+        else:
+            capped = bounded & (free > u)
+            x = torch.where(capped, u, free)
+            weight = torch.where(capped, 0.0, free)
+            above = t - 1 - u.clamp(min=torch.finfo(u.dtype).tiny).log()
+            potential = torch.where(capped, u * (1 + above), free)
+        slack = torch.zeros_like(eta)
+        value = (self.f * eta).sum(-1) + potential.sum(-1)
+        if self.entropic and self.n_eq < eta.shape[-1]:
+            exponential = torch.where(self.inequality(), (-eta / self.scale - 1).exp(), 0.0)
+            slack = exponential / self.scale
+            value = value + exponential.sum(-1)
+        excess = matvec(self.E, x) + slack - self.f
+        size = matvec(self.E.abs(), x) + slack + self.f.abs()
+        return Point(x, weight, slack, excess, size, value)
+
+    def residual(self, point: Point, eta: Tensor) -> Tensor:  # (N,)
+        """Measure the largest violation, row by row relative to the terms of the row."""
+        size = torch.maximum(point.size, _FLOOR * point.size.amax(-1, keepdim=True))
+        relative = point.excess / size.clamp(min=torch.finfo(size.dtype).tiny)
+        if not self.entropic:  # an inequality with slack must have no dual; the dual is in the unit of log x
+            relative = torch.where(self.inequality() & (relative < 0), torch.minimum(-relative, eta), relative)
+        return torch.where(torch.isnan(relative), torch.inf, relative.abs()).amax(-1)
+
+    def contradicted(self, direction: Tensor) -> Tensor:  # (N, m) -> (N,) bool
+        """Whether the direction d proves that no point is feasible (Farkas).
+
+        For 0 ≤ x ≤ u with E x = f (≤ f where d ≥ 0):  fᵀd ≥ (Eᵀd)ᵀx ≥ −Σ uᵢ max(0, −(Eᵀd)ᵢ). Where the left-hand
+        side is smaller than the right, by more than rounding, there is no such x. An entry without a bound must have
+        (Eᵀd)ᵢ ≥ 0; where it is negative, x would have to be larger than the gap over it, which no data of this size ask
+        for.
+        """
+        d = torch.where(self.inequality(), direction.clamp(min=0.0), direction)
+        d = d / d.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(d.dtype).tiny)
+        pulled, terms = transposed_matvec(self.E, d), transposed_matvec(self.E.abs(), d.abs())
+        bounded = torch.isfinite(self.ub)
+        falls = (-pulled).clamp(min=0.0)
+        reach = (torch.where(bounded, self.ub, 0.0) * falls).sum(-1)
+        gap = -(self.f * d).sum(-1) - reach
+        noise = _PROOF * ((self.f * d).abs().sum(-1) + reach)
+        open_falls = torch.where(bounded, 0.0, (falls - 8 * torch.finfo(d.dtype).eps * terms).clamp(min=0.0)).amax(-1)
+        far = _FAR * self.f.abs().amax(-1) * open_falls <= gap
+        return (gap > noise) & far & torch.isfinite(gap)
+
+
+class Dual(NamedTuple):
+    """What a solve returns, one entry a program; duals in the unit of the caller's rows divided by the temperature."""
+
+    x: Tensor  # (N, n)
+    eta: Tensor  # (N, m)
+    active: Tensor  # (N, m): 1 on rows that hold with equality or have an entropic slack, else 0
+    status: Tensor  # (N,) int8
+    iterations: Tensor  # (N,) int64
+    residual: Tensor  # (N,)
+    weak: Tensor  # (N,) bool: some inequality has neither a dual nor a slack
+
+
+@dataclass(frozen=True)
+class DualNewton:
+    """Follow the path from flat scores to the given ones.
+
+    Attributes:
+        tol:      relative residual of the constraints, row by row.
+        max_iter: cap on the factorisations.
+    """
+
+    tol: float
+    max_iter: int
+
+    def solve(
+        self,
+        programs: Programs,
+        start: Tensor,  # (N, n)
+        null: Tensor,  # (N or 1, m, m)
+        impossible: Tensor,  # (N,) bool
+    ) -> Dual:
+        """Solve all programs but the impossible; `start` is t at the centre, `null` projects on what no x feels."""
+        theta, E, f, ub, scale, _, entropic = programs
+        batch = f.shape[0]
+        inequality = programs.inequality()
+        away = theta - start
+        eta, gamma = torch.zeros_like(f), f.new_zeros(batch, 1)
+        reach = torch.ones_like(gamma)  # of the next step along the path
+        point = programs.at(start, eta)
+        rho = programs.residual(point, eta)
+        damping = torch.zeros_like(gamma)
+        stray = torch.where(torch.isfinite(ub).any(-1) & entropic, _STRAY_SMOOTH, _STRAY)
+        iterations = torch.zeros(batch, dtype=torch.int64, device=f.device)
+        infeasible = impossible | programs.contradicted(-matvec(null, f))
+        done = infeasible.clone()
+        for _ in range(self.max_iter):
+            if checks.host_bool(done.all()):
+                break
+            iterations += ~done
+            excess = point.excess
+            bound = inequality & (eta <= rho.clamp(max=1e-3).unsqueeze(-1)) & (excess < 0)
+            if entropic:
+                bound = torch.zeros_like(bound)
+            kept = torch.where(bound, 0.0, 1.0)
+            good = (gamma[:, 0] >= 1) & (rho <= self.tol)
+            share = torch.maximum(damping, _DAMPING * rho.clamp(max=1.0).unsqueeze(-1))
+            weight = torch.maximum(point.weight, torch.where(good.unsqueeze(-1), 0.0, share) * point.x)
+            system = gram(E, weight, point.slack / scale)
+            factor = factorise(system, kept, null)
+            newton = torch.where(bound, excess / _positive(system.diagonal(dim1=-2, dim2=-1)), factor.solve(excess))
+            mass = point.weight.sum(-1) + point.slack.sum(-1)
+            decrement = (excess * torch.where(bound, 0.0, newton)).sum(-1)
+            on_path = ((rho <= _NEAR) & (decrement <= _CLOSE * mass) & (gamma[:, 0] < 1)).unsqueeze(-1)
+            tangent = factor.solve(kept * matvec(E, point.weight * away))
+            lost = ~done & (rho > _NEAR)
+            infeasible = infeasible | (lost & (programs.contradicted(newton) | programs.contradicted(eta + newton)))
+            done = done | infeasible
+            ahead = torch.where(on_path, torch.minimum(1 - gamma, reach), 0.0)
+            length = torch.ones_like(gamma)
+            waiting = ~done
+            for trial in range(_TRIALS):
+                moved = eta + length * newton + ahead * tangent
+                if not entropic:
+                    moved = torch.where(inequality, moved.clamp(min=0.0), moved)
+                further = gamma + ahead
+                there = programs.at(start + further * away - transposed_matvec(E, moved), moved)
+                error = programs.residual(there, moved)
+                slope = -(excess * (moved - eta)).sum(-1)
+                noise = 1e-13 * ((f * eta).abs().sum(-1) + point.value.abs())
+                fine = torch.isfinite(there.value) & (there.value <= point.value + 1e-4 * slope + noise)
+                fine = torch.where(ahead[:, 0] > 0, error <= stray, fine | (error <= 0.5 * rho.clamp(max=_SMALL)))
+                fine = torch.where(good, error < rho, fine)
+                take = waiting & fine
+                stop = waiting & good & (~fine | (error > 0.25 * rho))
+                pick = take.unsqueeze(-1)
+                eta, gamma = torch.where(pick, moved, eta), torch.where(pick, further, gamma)
+                reach = torch.where(pick & (ahead > 0), _LONGER * ahead, reach)
+                point = Point(*(_choose(take, new, old) for new, old in zip(there, point, strict=True)))
+                rho = torch.where(take, error, rho)
+                done = done | stop
+                waiting = waiting & ~fine & ~done
+                if not checks.host_bool(waiting.any()):
+                    break
+                shrinking = ahead > 0
+                length = torch.where(shrinking, length, 0.5 * length)
+                ahead = torch.where(_SHORTER * ahead < 1e-3 * (1 - gamma) * (trial > 5), 0.0, _SHORTER * ahead)
+                reach = torch.where(waiting.unsqueeze(-1) & shrinking, ahead.clamp(min=1e-6), reach)
+            jammed = length < 0.2
+            damping = torch.where(jammed, (10 * damping).clamp(min=1e-3), 0.1 * damping)
+        solved = (gamma[:, 0] >= 1) & (rho <= self.tol) & ~infeasible
+        status = torch.where(solved, int(Status.CONVERGED), int(Status.NOT_CONVERGED))
+        status = torch.where(infeasible, int(Status.INFEASIBLE), status).to(torch.int8)
+        eta = eta - matvec(null, eta)
+        held = ~inequality | (eta > 0) if not entropic else torch.ones_like(f, dtype=torch.bool)
+        tight = point.excess.abs() <= _WEAK * point.size
+        weak = inequality & ~torch.tensor(entropic, device=f.device) & tight & (eta <= _WEAK)
+        return Dual(point.x, eta / scale, held.to(f.dtype), status, iterations, rho, weak.any(-1))
+
+
+def _positive(x: Tensor) -> Tensor:
+    """x, or one where it is zero."""
+    return torch.where(x > 0, x, 1.0)
+
+
+def _choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Take the new rows where the mask is true."""
+    return torch.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)

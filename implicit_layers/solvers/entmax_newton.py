@@ -1,0 +1,198 @@
+r"""Monotone Newton for α-entmax: no sort, no bracket, and at many classes only the few that can be chosen.
+
+    Σᵢ exp_α(vᵢ + c) = 1,   v = (x − max x)/τ ≤ 0,   exp_α(u) = [1 + (α − 1)u]₊^{1/(α−1)}
+
+At c = 0 the largest score alone gives the sum F ≥ 1. For 1 ≤ α ≤ 2, log_α F = (F^{α−1} − 1)/(α − 1) is convex and
+increasing in c (a norm of positive parts; for α → 1 it is logsumexp(v) + c, a line), so Newton on it comes down to the
+root without passing it, in a number of steps that grows with the logarithm of n over the precision. It needs one step
+where all scores are equal. For α > 2 the steps are kept in a bracket. What is left of the sum at the end is rounding,
+and is divided out.
+
+Every subset of the scores has its own root, above the root of them all: what is not chosen at it is never chosen. So
+rows of many classes are first solved for the largest score of each block, then narrowed to the entries that this leaves
+over, where these are few, and all further work is done there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicit_layers import checks
+
+MAX_ITER = 100  # at most about log₄(n/eps) + 1 are needed for α ≤ 2, and two or three a bit beyond
+_UNREADABLE_ITER = 48  # where values cannot be looked at
+WIDE = 2048  # rows narrower than this stay as they are
+_BLOCK = 32
+_FEW = 0.25
+
+
+class Chosen(NamedTuple):
+    """The point of the simplex, and where its entries are."""
+
+    y: Tensor  # (R, n)
+    columns: Tensor  # (R, K), contains the support of each row; K = 0: not narrowed
+
+
+def solve(x: Tensor, top: Tensor, tau: Tensor | float, alpha: Tensor | float) -> Chosen:
+    """Find α-entmax of the rows of x (R, n) with maxima top (R, 1); τ and α are numbers or (R, 1)."""
+    watch = checks.readable(x)
+    columns = None
+    if watch and x.shape[-1] >= WIDE and x.numel() > 0:
+        columns = _narrow(x, _floor(x, top, tau, alpha))
+    if columns is None:
+        y = _weighed(x, top, tau, alpha, None, watch)[0]
+        return Chosen(y, torch.empty(x.shape[0], 0, dtype=torch.long, device=x.device))
+    padding = _padding(columns)
+    y = _weighed(x.gather(-1, columns), top, tau, alpha, padding, watch)[0]
+    y = torch.where(padding, y[:, :1], y)  # a padded place stands for the first one
+    return Chosen(torch.zeros_like(x).scatter_(-1, columns, y), columns)
+
+
+def _weighed(
+    x: Tensor, top: Tensor, tau: Tensor | float, alpha: Tensor | float, padding: Tensor | None, watch: bool
+) -> tuple[Tensor, Tensor]:
+    """The point of the simplex, and the score at which it ends, as −(α − 1)(v + c) = 1."""
+    most = torch.finfo(x.dtype).max ** 0.5
+    v = x - top
+    if isinstance(tau, Tensor) or tau != 1:
+        v = v.div_(tau).masked_fill_(x.isneginf(), -most)  # a masked score over an infinite temperature is NaN
+    v = v.clamp_(min=-most)  # so that no later product overflows
+    if padding is not None:
+        v = v.masked_fill_(padding, -most)
+    if isinstance(alpha, Tensor) or not 1.05 <= alpha <= 2:
+        return _general(v, alpha - 1, watch)
+    if alpha in (1.5, 2):
+        return _power(v, 1 if alpha == 2 else 2, watch)
+    return _any_power(v, alpha - 1, watch)
+
+
+def _floor(x: Tensor, top: Tensor, tau: Tensor | float, alpha: Tensor | float) -> Tensor:
+    """A score below which no entry is chosen, from the largest of every block."""
+    whole = x.shape[-1] - x.shape[-1] % _BLOCK
+    largest = x[:, :whole].unflatten(-1, (-1, _BLOCK)).amax(-1)
+    end = _weighed(largest, top, tau, alpha, None, True)[1]
+    return top + tau * (end - 64 * torch.finfo(x.dtype).eps * (1 + end.abs()))
+
+
+def _power(v: Tensor, beta: int, watch: bool) -> tuple[Tensor, Tensor]:
+    """The powers β = 1/(α − 1) that need no logarithm: 1 and 2."""
+    z = v if beta == 1 else v.div_(beta)
+    most = 1 + 4 * torch.finfo(z.dtype).eps
+    t = z.new_full((z.shape[0], 1), -1.0)
+    q = torch.empty_like(z)
+    more = torch.ones_like(t, dtype=torch.bool)
+
+    def positive_parts() -> tuple[Tensor, Tensor]:
+        """The vector (z − t)₊, in place, and its β-norm."""
+        part = torch.sub(z, t, out=q).relu_()
+        if beta == 1:
+            return part, part.sum(-1, keepdim=True)
+        return part, torch.linalg.vector_norm(part, dim=-1, keepdim=True)
+
+    for _ in range(MAX_ITER if watch else _UNREADABLE_ITER):
+        q, norm = positive_parts()
+        more = more & (norm > most)
+        if watch and not checks.host_bool(more.any()):
+            break
+        if beta == 1:
+            moved = t + (norm - 1) / q.sign_().sum(-1, keepdim=True)
+        else:
+            moved = t + (norm - 1) * norm / q.sum(-1, keepdim=True)
+        more = more & (moved > t)
+        t = torch.where(more, moved, t)
+    else:
+        q, norm = positive_parts()
+    q.div_(norm)
+    return (q if beta == 1 else q.square_()), t * beta
+
+
+def _any_power(v: Tensor, delta: float, watch: bool) -> tuple[Tensor, Tensor]:
+    """One α for all rows, between 1 and 2 and not near 1: one power an entry and iteration."""
+    z, most = v.mul_(delta), 1 + 4 * torch.finfo(v.dtype).eps
+    t = z.new_full((z.shape[0], 1), -1.0)
+    q, w = torch.empty_like(z), torch.empty_like(z)
+    more = torch.ones_like(t, dtype=torch.bool)
+
+    def powers() -> tuple[Tensor, Tensor]:
+        """The sum of the y = (z − t)₊^{1/δ}, left in q, and of the y^{1−δ}."""
+        torch.sub(z, t, out=q).relu_()
+        rate = torch.pow(q, (1 - delta) / delta, out=w).sum(-1, keepdim=True)
+        return q.mul_(w).sum(-1, keepdim=True), rate
+
+    for _ in range(MAX_ITER if watch else _UNREADABLE_ITER):
+        total, rate = powers()
+        more = more & (total > most)
+        if watch and not checks.host_bool(more.any()):
+            break
+        norm = total**delta
+        moved = t + (norm - 1) * total / (norm * rate)
+        more = more & (moved > t)
+        t = torch.where(more, moved, t)
+    else:
+        total, _ = powers()
+    return q.div_(total), t / delta
+
+
+def _general(v: Tensor, delta: Tensor | float, watch: bool) -> tuple[Tensor, Tensor]:
+    """Any α ≥ 1; rows may differ in it.
+
+    The unknown is c for α ≤ 2, and q = 1 + (α − 1) c beyond, which may be tiny and is then needed to all its digits.
+    """
+    eps, n = torch.finfo(v.dtype).eps, v.shape[-1]
+    d = (delta if isinstance(delta, Tensor) else v.new_full((1, 1), delta)).expand(v.shape[0], 1)
+    limit = d < torch.finfo(v.dtype).tiny ** 0.5  # α = 1
+    d = torch.where(limit, 1.0, d)
+    steep = d > 1
+    scaled, one = d * v, torch.ones_like(d)
+    low, high = (-d * math.log(n)).exp().clamp(min=torch.finfo(v.dtype).tiny) * (1 - 4 * eps), one
+    c = torch.where(steep, one, 0.0)
+    y, total = v, one
+    for _ in range(MAX_ITER if watch else _UNREADABLE_ITER):
+        r = torch.where(steep, scaled + c, (scaled + d * c).clamp(min=-1))  # q of each entry, or q − 1
+        log_y = torch.where(steep, r.clamp(min=0).log(), r.log1p()) / d
+        log_y = torch.where(limit, v + c, log_y)
+        y = log_y.exp()
+        q = torch.where(steep, r, torch.where(limit, 1.0, 1 + r))
+        total = y.sum(-1, keepdim=True)
+        rate = torch.where(q > 0, y / q, 0.0).sum(-1, keepdim=True)
+        log_total = total.log()
+        above = torch.where(limit, log_total, torch.expm1(d * log_total) / d)
+        slope = torch.where(limit, 1 / total, ((d - 1) * log_total).exp()) * rate
+        moved = c - above / slope * torch.where(steep, d, 1.0)
+        low, high = torch.where(steep & (total < 1), c, low), torch.where(steep & (total > 1), c, high)
+        inside = (moved >= low) & (moved <= high) & ((moved - c).abs() < 0.5 * (high - low))
+        moved = torch.where(steep.logical_not() | inside, moved, (low * high).sqrt())
+        moving = torch.where(steep, high - low > 2 * eps * high, moved < c)
+        more = ((total - 1).abs() > 4 * eps) & moving  # false for NaN
+        if watch and not checks.host_bool(more.any()):
+            break
+        c = torch.where(more, moved, c)
+    return y / total, torch.where(limit, float("-inf"), torch.where(steep, -c / d, -1 / d - c))
+
+
+def _narrow(x: Tensor, floor: Tensor) -> Tensor | None:  # (R, n), (R, 1) -> (R, K)
+    """The columns of the entries at or above the floor, each row padded with its first one; None if they are many."""
+    rows, n = x.shape
+    if checks.host_bool((x[:, ::_BLOCK] >= floor).sum(-1).max() * _BLOCK > _FEW * n):
+        return None
+    places = (x >= floor).reshape(-1).nonzero().squeeze(-1)
+    ends = torch.arange(rows + 1, device=x.device) * n
+    starts = torch.searchsorted(places, ends)
+    counts = starts.diff()
+    width = checks.host_int(counts.max())
+    if width > 2 * _FEW * n or checks.host_int(counts.min()) == 0:  # none at all: a NaN
+        return None
+    slots = torch.arange(width, device=x.device)
+    slots = torch.where(slots < counts.unsqueeze(-1), slots, 0) + starts[:-1].unsqueeze(-1)
+    return places[slots] - ends[:-1].unsqueeze(-1)
+
+
+def _padding(columns: Tensor) -> Tensor:  # (R, K) -> (R, K)
+    """Which places only fill up their row."""
+    repeated = columns == columns[:, :1]
+    repeated[:, 0] = False
+    return repeated

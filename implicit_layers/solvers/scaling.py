@@ -1,0 +1,277 @@
+r"""Transport plans with given marginals: P = exp(L + φ ⊕ ψ) with P1 = a and Pᵀ1 = b.
+
+Sinkhorn's scaling first, on a kernel into which the potentials are absorbed every few iterations, so that an iteration
+is two products and nothing under- or overflows. Where its rate of convergence says that this will take long, Newton on
+the semi-dual: with φ(ψ) that gives the rows their sums, ψ has the convex objective −⟨a, φ(ψ)⟩ − ⟨b, ψ⟩ with gradient
+Pᵀ1 − b and Hessian S = diag(c) − Pᵀ diag(1/a) P. Far from the answer it follows a path from L = 0, where P = a bᵀ/Σa,
+to L, one step back to the path and one along its tangent for each factorisation.
+
+Source: Sinkhorn & Knopp (1967); Schmitzer (2019), SIAM J. Sci. Comput. 41(3), for the absorption; Brauer, Clason,
+Lorenz & Wirth (2017), arXiv:1710.06635, for Newton.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicit_layers import checks
+from implicit_layers.kkt import balance
+from implicit_layers.kkt.quadratic import matvec, transposed_matvec
+from implicit_layers.solution import Status
+
+_AIM = 1e-2  # of the tolerance: scaling goes on to this while it converges, for the sake of the gradient
+_ROUND = 10  # scaling iterations between two looks at the error
+_WIDE = 1e100  # the largest scaling before the kernel is made again
+_NEWTON_FIXED, _NEWTON_SIZE = 35.0, 7.0  # a Newton step costs as much as 35 + (the smaller side)/7 iterations; measured
+_NEAR, _STRAY = 0.3, 0.6  # relative errors between which the path is followed
+_LONGER, _SHORTER = 4.0, 0.3  # how the step along the path grows and shrinks
+_STEP = 20.0  # the largest change of a potential in one step: parts of a plan that hardly touch ask for any change
+_TRIALS = 30
+_IDLE = 20  # Newton steps without any gain after which rounding is all that is left
+_NEWTON_LIMIT = 500  # a problem that takes more Newton steps than this will not be solved
+
+
+class Scaled(NamedTuple):
+    """What a solve returns, one entry a problem."""
+
+    P: Tensor  # (N, n, m)
+    phi: Tensor  # (N, n), zero for rows of zeros
+    psi: Tensor  # (N, m), zero for columns of zeros
+    status: Tensor  # (N,) int8
+    iterations: Tensor  # (N,) int64
+    residual: Tensor  # (N,): Σ|P1 − a| + Σ|Pᵀ1 − b| over Σa
+
+
+class _Plan(NamedTuple):
+    """The plan that a ψ gives, its rows exact."""
+
+    P: Tensor  # (N, n, m)
+    phi: Tensor  # (N, n)
+    columns: Tensor  # (N, m): Pᵀ1
+    value: Tensor  # (N,): the semi-dual objective
+
+
+def _plan(L: Tensor, a: Tensor, b: Tensor, psi: Tensor) -> _Plan:
+    """Normalise the rows of exp(L + ψ)."""
+    logits = L + psi.unsqueeze(-2)
+    top = logits.amax(-1)
+    top = torch.where(torch.isfinite(top), top, 0.0)
+    P = (logits - top.unsqueeze(-1)).exp_()
+    total = P.sum(-1)
+    there = (a > 0) & (total > 0)
+    factor = torch.where(there, a / torch.where(there, total, 1.0), 0.0)
+    P = P.mul_(factor.unsqueeze(-1))
+    phi = torch.where(there, torch.where(there, factor, 1.0).log() - top, 0.0)
+    return _Plan(P, phi, P.sum(-2), -(a * phi).sum(-1) - (b * psi).sum(-1))
+
+
+def _taken(mask: Tensor, new: _Plan, old: _Plan) -> _Plan:
+    """The new plans where the mask is true."""
+    return _Plan(*(torch.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(new, old, strict=True)))
+
+
+def _error(plan: _Plan, a: Tensor, b: Tensor) -> Tensor:  # (N,)
+    """How far the marginals are off, relative to the mass."""
+    mass = a.sum(-1)
+    off = (plan.P.sum(-1) - a).abs().sum(-1) + (plan.columns - b).abs().sum(-1)
+    return off / torch.where(mass > 0, mass, 1.0)
+
+
+def _inside(scaling: Tensor) -> Tensor:  # (N, k) -> (N,)
+    """How a scaling may be used: 0 not at all, 1 once more, 2 on and on."""
+    largest = scaling.log().abs().amax(-1)
+    return (largest < math.log(_WIDE)).to(torch.int8) + (largest < 0.5 * math.log(_WIDE)).to(torch.int8)
+
+
+def _relative(plan: _Plan, b: Tensor) -> Tensor:  # (N,)
+    """The largest relative error of a column."""
+    return ((plan.columns - b).abs() / torch.where(b > 0, b, 1.0)).amax(-1)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Sinkhorn's iterations, and Newton's where they are slow.
+
+    Attributes:
+        tol:      error of the marginals in the sum norm, relative to the mass.
+        max_iter: cap on scaling iterations and Newton steps together.
+    """
+
+    tol: float
+    max_iter: int
+
+    def solve(self, L: Tensor, a: Tensor, b: Tensor) -> Scaled:  # (N, n, m), (N, n), (N, m)
+        """Solve all problems; Σa = Σb, −inf in L forbids an entry."""
+        if L.shape[-1] > L.shape[-2]:
+            found = self.solve(L.mT, b, a)
+            return found._replace(P=found.P.mT, phi=found.psi, psi=found.phi)
+        mass = a.sum(-1, keepdim=True)
+        a, b = (x / torch.where(mass > 0, mass, 1.0) for x in (a, b))
+        rows, columns = a > 0, b > 0
+        forbidden = L.numel() > 0 and checks.host_bool(L.amin() == -torch.inf)
+        if checks.host_bool(~(rows.all() & columns.all())):
+            L = L.masked_fill(~(rows.unsqueeze(-1) & columns.unsqueeze(-2)), -torch.inf)
+        psi, iterations, error = self._scale(L, a, b)
+        slow = error > self.tol
+        infeasible = torch.zeros_like(slow)
+        if checks.host_bool(slow.any()):
+            index = slow.nonzero().squeeze(-1)
+            some = L[index], a[index], b[index]
+            better, steps, none = self._newton(*some, psi[index], iterations[index], forbidden)
+            psi[index], iterations[index], infeasible[index] = better, steps, none
+        plan = _plan(L, a, b, psi)
+        residual = _error(plan, a, b)
+        residual = torch.where(torch.isnan(residual), torch.inf, residual)
+        status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.NOT_CONVERGED))
+        status = torch.where(infeasible, int(Status.INFEASIBLE), status).to(torch.int8)
+        phi = plan.phi + torch.where(mass > 0, mass, 1.0).log()
+        phi, psi = balance.without_gauge(phi, psi, rows, columns)
+        return Scaled(plan.P * mass.unsqueeze(-1), phi, psi, status, iterations, residual)
+
+    def _scale(self, L: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale until all are done or the slowest had better go on with Newton: ψ, iterations, errors."""
+        columns, no_row, no_column = b > 0, (a <= 0).to(a.dtype), (b <= 0).to(b.dtype)
+        smaller = L.shape[-1]
+        step_cost = _NEWTON_FIXED + smaller / _NEWTON_SIZE
+        psi = torch.zeros_like(b)
+        iterations = torch.zeros(len(b), dtype=torch.int64, device=b.device)
+        error = torch.full_like(b[:, 0], torch.inf)
+        used, before = 0, math.inf
+        plan = _plan(L, a, b, psi)
+        aim = _AIM * self.tol
+        done = error <= aim
+        sums, base = plan.columns, psi
+        while used < self.max_iter:
+            count = min(_ROUND, self.max_iter - used)
+            for _ in range(count):  # v first: the rows are exact, the columns are not
+                v = b / (sums + no_column)
+                u = a / (matvec(plan.P, v) + no_row)
+                sums = transposed_matvec(plan.P, u)
+            used += count
+            off = (v * sums - b).abs().sum(-1) / b.sum(-1).clamp(min=torch.finfo(b.dtype).tiny)
+            inside = torch.minimum(_inside(u + no_row), _inside(v + no_column))
+            usable = torch.isfinite(off) & (inside > 0)
+            fresh = torch.where(plan.columns > 0, b / plan.columns, 1.0)  # one exact half step where that went too far
+            growth = torch.where(usable.unsqueeze(-1), v + no_column, fresh.clamp(1 / _WIDE, _WIDE))
+            psi = torch.where(columns & ~done.unsqueeze(-1), base + growth.log(), psi)
+            iterations += count * ~done
+            error = torch.where(done, error, torch.where(usable, off, torch.inf))
+            done = done | (error <= aim)
+            worst = checks.host_float(error.max()) if len(error) else 0.0
+            if worst <= aim:
+                break
+            rate = (worst / before) ** (1 / count) if math.isfinite(before) and math.isfinite(worst) else None
+            before = worst
+            if rate is None and used < 2 * _ROUND:
+                pass
+            elif rate is None or rate >= 1:
+                break
+            else:
+                missing = math.log(aim / worst) / math.log(rate)
+                if worst <= self.tol and missing > _ROUND:
+                    break
+                if missing > (4 if worst < 1e-2 else 8) * step_cost or missing > self.max_iter - used:
+                    break
+            if not checks.host_bool(((inside > 1) | done).all()):  # absorb what has grown, and go on from there
+                plan, base = _plan(L, a, b, psi), psi
+                sums = plan.columns
+        return psi, iterations, error
+
+    def _newton(
+        self, L: Tensor, a: Tensor, b: Tensor, psi: Tensor, iterations: Tensor, forbidden: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Newton on the semi-dual, from ψ or along the path: ψ, iterations, which have no plan."""
+        columns = b > 0
+        open_, flat = torch.isfinite(L), torch.where(torch.isfinite(L), L, 0.0)
+
+        def on_path(gamma: Tensor) -> Tensor:
+            return torch.where(open_, gamma[:, :, None] * flat, -torch.inf)
+
+        plan = _plan(L, a, b, psi)
+        start = torch.where(columns, torch.where(columns, b, 1.0).log(), 0.0)
+        near = (_relative(plan, b) <= _NEAR).unsqueeze(-1)
+        psi = torch.where(near, psi, start)
+        gamma = near.to(b.dtype)
+        plan = _plan(on_path(gamma), a, b, psi)
+        reach = torch.ones_like(gamma)
+        rho, error = _relative(plan, b), _error(plan, a, b)
+        none = torch.zeros_like(rho, dtype=torch.bool)
+        budget = (self.max_iter - iterations).clamp(max=_NEWTON_LIMIT)
+        if forbidden:
+            none = (
+                none
+                | _contradicted(open_, a, b, torch.zeros_like(b))
+                | _contradicted(open_.mT, b, a, torch.zeros_like(a))
+            )
+        done = none | (budget <= 0)
+        steps, idle = torch.zeros_like(iterations), torch.zeros_like(iterations)
+        best, farthest = error.clone(), gamma[:, 0].clone()
+        while not checks.host_bool(done.all()):
+            steps += ~done
+            excess = b - plan.columns
+            system = balance.Balance.of(plan.P)
+            _, newton = system.solve(torch.zeros_like(a), excess, same_sums=True)
+            longest = newton.abs().amax(-1, keepdim=True)
+            newton = newton * torch.where(longest > _STEP, _STEP / torch.where(longest > _STEP, longest, 1.0), 1.0)
+            following = (rho <= _NEAR).unsqueeze(-1) & (gamma < 1)
+            turned = plan.P * flat
+            turned = turned - plan.P * torch.where(a > 0, turned.sum(-1) / torch.where(a > 0, a, 1.0), 0.0).unsqueeze(
+                -1
+            )
+            _, tangent = system.solve(torch.zeros_like(a), -turned.sum(-2), same_sums=True)
+            ahead = torch.where(following, torch.minimum(1 - gamma, reach), 0.0)
+            length = torch.ones_like(gamma)
+            good = (gamma[:, 0] >= 1) & (error <= self.tol)
+            waiting = ~done
+            for trial in range(_TRIALS):
+                moved = torch.where(columns, psi + length * newton + ahead * tangent, 0.0)
+                further = gamma + ahead
+                there = _plan(on_path(further), a, b, moved)
+                new_rho, new_error = _relative(there, b), _error(there, a, b)
+                slope = -(excess * (moved - psi)).sum(-1)
+                noise = 1e-13 * ((a * plan.phi).abs().sum(-1) + (b * psi).abs().sum(-1))
+                fine = there.value <= plan.value + 1e-4 * slope + noise
+                fine = torch.where(ahead[:, 0] > 0, new_rho <= _STRAY, fine | (new_rho <= 0.5 * rho))
+                fine = torch.where(good, new_error < error, fine)
+                take = waiting & fine
+                pick = take.unsqueeze(-1)
+                stop = waiting & good & (~fine | (new_error > 0.25 * error))
+                psi, gamma = torch.where(pick, moved, psi), torch.where(pick, further, gamma)
+                reach = torch.where(pick & (ahead > 0), _LONGER * ahead, reach)
+                plan = _taken(take, there, plan)
+                rho, error = torch.where(take, new_rho, rho), torch.where(take, new_error, error)
+                done = done | stop
+                waiting = waiting & ~fine & ~done
+                if not checks.host_bool(waiting.any()):
+                    break
+                shrinking = ahead > 0
+                length = torch.where(shrinking, length, 0.5 * length)
+                ahead = torch.where(_SHORTER * ahead < 1e-3 * (1 - gamma) * (trial > 5), 0.0, _SHORTER * ahead)
+                reach = torch.where(waiting.unsqueeze(-1) & shrinking, ahead.clamp(min=1e-6), reach)
+            if forbidden:
+                none = none | (~done & (_contradicted(open_, a, b, newton) | _contradicted(open_, a, b, psi)))
+            gained = (error < best) | (gamma[:, 0] > farthest)
+            idle = torch.where(gained, 0, idle + 1)
+            best, farthest = torch.minimum(best, error), gamma[:, 0]
+            done = done | none | (steps >= budget) | (idle >= _IDLE)
+        return psi, iterations + steps, none
+
+
+def _contradicted(open_: Tensor, a: Tensor, b: Tensor, direction: Tensor) -> Tensor:  # (N,) bool
+    """Whether some columns ask for more than the rows that may serve them have (Hall's condition fails).
+
+    A set of columns can get no more than the rows hold that may serve any of them. The sets that are asked are those of
+    the largest entries of a direction in which the semi-dual keeps falling.
+    """
+    found = torch.zeros_like(b[:, 0], dtype=torch.bool)
+    spread = direction.amax(-1, keepdim=True) - direction.amin(-1, keepdim=True)
+    for share in (0.5, 0.1, 0.9, 0.0):  # the last: all columns
+        chosen = (direction >= direction.amin(-1, keepdim=True) + share * spread).to(b.dtype) * (b > 0)
+        served = (open_ & (chosen > 0).unsqueeze(-2)).any(-1).to(a.dtype)
+        found = found | ((b * chosen).sum(-1) > (1 + 1e-9) * (a * served).sum(-1))
+    return found

@@ -1,0 +1,422 @@
+"""`entropic_lp` against closed forms, its own optimality conditions, the generic core and linear programming."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog, nnls
+from torch import Tensor
+
+import implicit_layers as il
+from implicit_layers.kkt.schur import SchurSolve
+
+DOUBLE = torch.float64
+
+
+def normal(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=DOUBLE)
+
+
+def data(seed: int, batch: tuple[int, ...] = (), n: int = 12, n_eq: int = 3, n_ineq: int = 4) -> dict[str, Tensor]:
+    """A bounded polytope around a positive point."""
+    draw = normal(seed)
+    point = draw(*batch, n).sigmoid()
+    A, G = draw(*batch, n_eq, n), draw(*batch, n_ineq, n)
+    A[..., 0, :] = 1.0
+    h = (G @ point[..., None])[..., 0] + 0.2 * draw(*batch, n_ineq).sigmoid()
+    return {"c": draw(*batch, n), "A": A, "b": (A @ point[..., None])[..., 0], "G": G, "h": h}
+
+
+def stationarity(x, *, c, A, b, G=None, h=None, ub=None, tau=1.0) -> float:
+    """How far c − τ(log x + 1) is from the cone of the normals of the constraints that hold at x."""
+    x, c, A, b = (t.detach().double() for t in (x, c, A, b))
+    assert (x > 0).all()
+    torch.testing.assert_close(A @ x, b, rtol=1e-9, atol=1e-9)
+    normals = [A.mT, -A.mT]
+    if G is not None:
+        assert (G @ x <= h + 1e-8).all()
+        normals.append(G[(h - G @ x) < 1e-8].mT)
+    if ub is not None:
+        assert (x <= ub + 1e-12).all()
+        normals.append(torch.eye(len(x), dtype=DOUBLE)[:, x >= ub - 1e-12])
+    force = c - tau * (x.log() + 1)
+    return nnls(torch.cat(normals, -1).numpy(), force.numpy())[1]
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.1, 0.03])
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 7)], ids=str)
+def test_with_one_row_of_ones_it_is_softmax(shape, tau):
+    c = normal(0)(*shape).requires_grad_()
+    x = il.entropic_lp(
+        c, A=torch.ones(1, shape[-1], dtype=DOUBLE), b=torch.ones(1, dtype=DOUBLE), temperature=tau
+    ).value
+    expected = (c / tau).softmax(-1)
+    torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-14)
+    weights = normal(1)(*shape)
+    found, closed = (torch.autograd.grad((weights * y).sum(), c)[0] for y in (x, expected))
+    torch.testing.assert_close(found, closed, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0, 10.0, 20.0])
+def test_gradient_truth_at_every_spread_of_the_scores(spread):
+    tau = 0.05
+    c = (spread * tau * normal(3)(8, 10)).requires_grad_()
+    x = il.entropic_lp(c, A=torch.ones(1, 10, dtype=DOUBLE), b=torch.ones(1, dtype=DOUBLE), temperature=tau).value
+    g = normal(4)(8, 10)
+    (found,) = torch.autograd.grad((g * x).sum(), c)
+    y = (c.detach() / tau).softmax(-1)
+    exact = (y.unsqueeze(-1) * y.unsqueeze(-2) * (g.unsqueeze(-1) - g.unsqueeze(-2))).sum(-1) / tau  # no cancellation
+    assert ((found - exact).norm(dim=-1) <= 1e-10 * exact.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.3, 0.1])
+@pytest.mark.parametrize("seed", range(3))
+def test_equalities_agree_with_the_generic_core(seed, tau):
+    d = data(seed)
+    leaves = [d[k].clone().requires_grad_() for k in ("c", "A", "b")]
+    x = il.entropic_lp(leaves[0], A=leaves[1], b=leaves[2], temperature=tau).value
+
+    def primal(y, c, A):
+        return ((c - y @ A) / tau - 1).exp()
+
+    def residual(y, c, A, b):
+        return A @ primal(y, c, A) - b
+
+    # a start next to the answer, whose duals are the least-squares solution of stationarity
+    y0 = torch.linalg.lstsq(d["A"].mT, (d["c"] - tau * (x.detach().log() + 1)).unsqueeze(-1)).solution[:, 0]
+    twins = [t.detach().clone().requires_grad_() for t in leaves]
+    y = il.root(residual, y0 + 1e-4, *twins).value
+    expected = primal(y, *twins[:2])
+    torch.testing.assert_close(x, expected, rtol=1e-8, atol=1e-10)
+    g = normal(9)(12)
+    found, wanted = (torch.autograd.grad((g * z).sum(), at) for z, at in ((x, leaves), (expected, twins)))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.1, 0.03])
+@pytest.mark.parametrize("seed", range(6))
+def test_hard_inequalities_and_bounds_meet_the_optimality_conditions(seed, tau):
+    d = data(seed, (3,))
+    ub = 0.9 + 0.2 * normal(seed + 50)(12).sigmoid()
+    solution = il.entropic_lp(**d, ub=ub, temperature=tau)
+    for i in range(3):
+        one = {k: v[i] for k, v in d.items()}
+        assert stationarity(solution.value[i], **one, ub=ub, tau=tau) < 1e-7
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.05])
+def test_entropic_slack_is_a_program_with_more_variables(tau):
+    d, ub = data(7), torch.full((12,), 1.3, dtype=DOUBLE)
+    x = il.entropic_lp(**d, ub=ub, temperature=tau, slack="entropic").value
+    n, m = 12, 4
+    A = torch.zeros(3 + m + n, n + m + n, dtype=DOUBLE)
+    A[:3, :n], A[3 : 3 + m, :n], A[3 : 3 + m, n : n + m] = d["A"], d["G"], torch.eye(m, dtype=DOUBLE)
+    A[3 + m :, :n], A[3 + m :, n + m :] = torch.eye(n, dtype=DOUBLE), torch.eye(n, dtype=DOUBLE)
+    c = torch.cat([d["c"], torch.zeros(m + n, dtype=DOUBLE)])
+    lifted = il.entropic_lp(c, A=A, b=torch.cat([d["b"], d["h"], ub]), temperature=tau).value
+    torch.testing.assert_close(x, lifted[:n], rtol=1e-8, atol=1e-10)
+    assert (d["G"] @ x < d["h"]).all() and (x < ub).all()
+
+
+def test_bounds_with_entropic_slack_are_fermi_dirac():
+    c, tau, k = normal(2)(9), 0.3, 3.5
+    one = torch.ones(1, 9, dtype=DOUBLE)
+    x = il.entropic_lp(c, A=one, b=torch.tensor([k], dtype=DOUBLE), ub=1.0, temperature=tau, slack="entropic").value
+    low, high = torch.tensor(-50.0, dtype=DOUBLE), torch.tensor(50.0, dtype=DOUBLE)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if ((c - middle) / tau).sigmoid().sum() > k else (low, middle)
+    torch.testing.assert_close(x, ((c - low) / tau).sigmoid(), rtol=1e-9, atol=1e-10)
+
+
+def test_without_constraints_it_is_the_exponential():
+    c = normal(5)(4, 6)
+    torch.testing.assert_close(il.entropic_lp(c, temperature=0.5).value, (c / 0.5 - 1).exp())
+    torch.testing.assert_close(il.entropic_lp(c, ub=0.2).value, (c - 1).exp().clamp(max=0.2))
+    torch.testing.assert_close(il.entropic_lp(c, ub=2.0, slack="entropic").value, 2 * c.sigmoid())
+
+
+def test_scores_are_maximised():
+    A, b = torch.ones(1, 3), torch.ones(1)
+    assert il.entropic_lp(torch.tensor([0.0, 5.0, 0.0]), A=A, b=b).value.argmax() == 1
+
+
+# --- small temperatures, large programs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("positive", [False, True])
+def test_few_iterations_at_small_temperatures_from_cold(positive, tau):
+    d = data(11, (16,), n=20, n_eq=5)
+    A = d["A"].sigmoid() if positive else d["A"]
+    b = (A @ normal(12)(16, 20).sigmoid()[..., None])[..., 0]
+    solution = il.entropic_lp(d["c"], A=A, b=b, temperature=tau)
+    assert solution.info.iterations.max() <= 60
+    assert solution.info.residual.max() <= 1e-11
+    for i in range(16):
+        best = linprog(-d["c"][i].numpy(), A_eq=A[i].numpy(), b_eq=b[i].numpy())
+        value = float(d["c"][i] @ solution.value[i])
+        mass = solution.value[i]
+        entropy = float(-(mass * mass.clamp(min=1e-300).log()).sum())
+        assert value <= -best.fun + 1e-8
+        assert value >= -best.fun - tau * (abs(entropy) + 20 * math.e)  # the bias is of the order of τ
+
+
+def test_bounds_at_small_temperatures():
+    d = data(13, (8,), n=20, n_eq=5, n_ineq=6)
+    for slack in ("hard", "entropic"):
+        solution = il.entropic_lp(**d, ub=1.2, temperature=0.01, slack=slack)
+        assert solution.info.residual.max() <= 1e-10
+
+
+def test_hundred_thousand_variables():
+    draw = normal(14)
+    A = draw(5, 100_000)
+    A[0] = 1.0
+    c = draw(100_000).requires_grad_()
+    solution = il.entropic_lp(c, A=A, b=A @ draw(100_000).sigmoid(), temperature=0.3)
+    assert solution.info.converged
+    (grad,) = torch.autograd.grad((solution.value * draw(100_000)).sum(), c)
+    torch.testing.assert_close(A @ grad, torch.zeros(5, dtype=DOUBLE), rtol=0, atol=1e-6)  # x stays on the rows
+
+
+def test_no_tensor_is_quadratic_in_the_variables():
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            sizes = [
+                t.numel() for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)
+            ]
+            largest = max([largest, *sizes])
+            return result
+
+    d = data(15, n=3000, n_eq=4, n_ineq=0)
+    c = d["c"].requires_grad_()
+    with Watch():
+        il.entropic_lp(c, A=d["A"], b=d["b"], temperature=0.5).value.square().sum().backward()
+    assert largest <= 4 * 3000
+
+
+# --- degenerate programs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.1])
+def test_verdicts_are_those_of_linear_programming(tau):
+    draw = normal(16)
+    A, b, c = draw(24, 12, 20), draw(24, 12), draw(24, 20)
+    A[:, 0], b[:, 0] = 1.0, 5.0
+    b[::2] = (A[::2] @ draw(12, 20).sigmoid()[..., None])[..., 0]
+    solution = il.entropic_lp(c, A=A, b=b, temperature=tau, on_failure="ignore")
+    infeasible = [linprog(-c[i].numpy(), A_eq=A[i].numpy(), b_eq=b[i].numpy()).status == 2 for i in range(24)]
+    assert 3 < sum(infeasible) < 21
+    assert [s == il.Status.INFEASIBLE for s in solution.info.status.tolist()] == infeasible
+    assert solution.info.converged.tolist() == [not bad for bad in infeasible]
+
+
+def infeasible_batch() -> dict[str, Tensor]:
+    d = data(17, (3,))
+    d["h"] = d["h"].clone()
+    d["G"][1, 0], d["h"][1, 0] = 1.0, 0.5 * float(d["b"][1, 0])  # Σx ≤ half of what Σx must be
+    return d
+
+
+def test_an_infeasible_problem_raises_and_says_which():
+    with pytest.raises(il.InfeasibleError, match=r"entropic_lp: 1 of 3 problems has no feasible point.*index 1"):
+        il.entropic_lp(**infeasible_batch())
+
+
+def test_an_infeasible_problem_leaves_its_neighbours_alone():
+    d = infeasible_batch()
+    leaves = {k: v.clone().requires_grad_() for k, v in d.items()}
+    with pytest.warns(il.ConvergenceWarning, match="zero gradient"):
+        solution = il.entropic_lp(**leaves, on_failure="warn")
+    assert solution.info.status.tolist() == [0, int(il.Status.INFEASIBLE), 0]
+    assert solution.value.isfinite().all()
+    g = normal(18)(3, 12)
+    found = torch.autograd.grad((g * solution.value).sum(), list(leaves.values()))
+    assert all((grad[1] == 0).all() for grad in found)
+    for i in (0, 2):
+        one = {k: v[i].clone().requires_grad_() for k, v in d.items()}
+        x = il.entropic_lp(**one).value
+        torch.testing.assert_close(solution.value[i], x, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            [grad[i] for grad in found], list(torch.autograd.grad((g[i] * x).sum(), list(one.values())))
+        )
+
+
+@pytest.mark.parametrize(
+    ("A", "b", "ub"),
+    [
+        ([[1.0, 1.0]], [-1.0], None),
+        ([[1.0, 1.0], [1.0, 1.0]], [1.0, 1.001], None),
+        ([[1.0, 1.0]], [2.5], 1.0),
+        ([[0.0, 0.0]], [1.0], None),
+        ([[1.0, 1.0]], [1.0], -1.0),
+        ([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [1.0, 1.0, 2.1], None),
+    ],
+)
+@pytest.mark.parametrize("slack", ["hard", "entropic"])
+def test_contradictions_in_the_rows(A, b, ub, slack):
+    c = torch.tensor([0.3, -0.2], dtype=DOUBLE)
+    rows = {"A": torch.tensor(A, dtype=DOUBLE), "b": torch.tensor(b, dtype=DOUBLE)}
+    with pytest.raises(il.InfeasibleError):
+        il.entropic_lp(c, **rows, ub=ub, slack=slack)
+
+
+def test_entries_that_can_only_be_zero_are_zero():
+    A = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 2.0, 1.0]], dtype=DOUBLE)
+    b = torch.tensor([1.0, 0.0], dtype=DOUBLE)
+    c = normal(19)(4).requires_grad_()
+    x = il.entropic_lp(c, A=A, b=b).value
+    torch.testing.assert_close(x[:2], c[:2].softmax(-1))
+    assert (x[2:] == 0).all()
+    (grad,) = torch.autograd.grad(x[0], c)
+    y = c.detach()[:2].softmax(-1)
+    torch.testing.assert_close(grad, torch.stack([y[0] * y[1], -y[0] * y[1], *torch.zeros(2, dtype=DOUBLE)]))
+
+
+def test_a_boundary_that_only_the_rows_together_imply():
+    A = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]], dtype=DOUBLE)
+    c = normal(20)(3).requires_grad_()
+    x = il.entropic_lp(c, A=A, b=torch.ones(2, dtype=DOUBLE)).value
+    torch.testing.assert_close(x[:2], c[:2].softmax(-1), rtol=1e-9, atol=1e-9)
+    assert x[2] < 1e-9
+    (grad,) = torch.autograd.grad(x[0], c)
+    y = c.detach()[:2].softmax(-1)
+    torch.testing.assert_close(grad[:2], torch.stack([y[0] * y[1], -y[0] * y[1]]), rtol=1e-7, atol=1e-8)
+
+
+def test_redundant_rows_change_nothing():
+    d = data(21, n_ineq=0)
+    A, b = d["A"], d["b"]
+    more = torch.cat([A, A[:1] + 2 * A[1:2], -A[2:]]), torch.cat([b, b[:1] + 2 * b[1:2], -b[2:]])
+    gradients = []
+    for rows, right in ((A, b), more):
+        c, right = d["c"].clone().requires_grad_(), right.clone().requires_grad_()
+        x = il.entropic_lp(c, A=rows, b=right, temperature=0.3).value
+        gradients.append((x.detach(), *torch.autograd.grad((normal(22)(12) * x).sum(), (c, right))))
+    torch.testing.assert_close(gradients[0][:2], gradients[1][:2], rtol=1e-8, atol=1e-9)
+    # a change of b that keeps the rows consistent
+    db = normal(23)(3)
+    spread = torch.cat([db, db[:1] + 2 * db[1:2], -db[2:]])
+    torch.testing.assert_close(gradients[0][2] @ db, gradients[1][2] @ spread, rtol=1e-8, atol=1e-9)
+    # and the one of least norm: nothing along what the rows cannot tell apart
+    null = torch.linalg.svd(more[0].mT)[2][3:]
+    assert (null @ gradients[1][2]).abs().max() < 1e-8
+
+
+def test_a_weakly_active_inequality_is_announced():
+    c = torch.tensor([0.0, 0.0], dtype=DOUBLE, requires_grad=True)
+    A, b = torch.ones(1, 2, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE)
+    G, h = torch.tensor([[1.0, 0.0]], dtype=DOUBLE), torch.tensor([0.5], dtype=DOUBLE)
+    x = il.entropic_lp(c, A=A, b=b, G=G, h=h).value
+    torch.testing.assert_close(x, torch.full((2,), 0.5, dtype=DOUBLE))
+    with pytest.warns(il.DegenerateGradientWarning, match="only just active"):
+        torch.autograd.grad(x[0], c)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.autograd.grad(il.entropic_lp(c, A=A, b=b, G=G, h=h + 0.1).value[0], c)
+
+
+def test_a_problem_that_takes_too_long_says_so():
+    d = data(24)
+    with pytest.raises(il.ConvergenceError, match="2 of 2 iterations"):
+        il.entropic_lp(**d, temperature=0.01, max_iter=2)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes_are_kept(dtype):
+    c = normal(25)(3, 5).to(dtype).requires_grad_()
+    A, b = torch.ones(1, 5, dtype=dtype), torch.ones(1, dtype=dtype)
+    x = il.entropic_lp(c, A=A, b=b).value
+    assert x.dtype == dtype
+    torch.testing.assert_close(x.double(), c.detach().double().softmax(-1), rtol=8e-3, atol=1e-3)
+    assert torch.autograd.grad(x.sum(), c)[0].dtype == dtype
+
+
+def test_arguments_are_refused_by_name():
+    c, A, b = torch.zeros(3), torch.ones(1, 3), torch.ones(1)
+    with pytest.raises(il.ShapeError, match="A was given without b"):
+        il.entropic_lp(c, A=A)
+    with pytest.raises(il.ShapeError, match="A must have shape"):
+        il.entropic_lp(c, A=torch.ones(1, 4), b=b)
+    with pytest.raises(il.ShapeError, match="b must have shape"):
+        il.entropic_lp(c, A=A, b=torch.ones(2))
+    with pytest.raises(il.ShapeError, match="ub must have shape"):
+        il.entropic_lp(c, A=A, b=b, ub=torch.ones(2))
+    with pytest.raises(il.ShapeError, match="c must have shape"):
+        il.entropic_lp(torch.zeros(0))
+    with pytest.raises(il.DtypeError, match=r"A is torch\.float64"):
+        il.entropic_lp(c, A=A.double(), b=b)
+    with pytest.raises(il.NonFiniteError, match=r"c\[1\] is nan"):
+        il.entropic_lp(torch.tensor([0.0, math.nan, 0.0]), A=A, b=b)
+    with pytest.raises(ValueError, match=r"ub.* is nan"):
+        il.entropic_lp(c, A=A, b=b, ub=math.nan)
+    with pytest.raises(ValueError, match="slack must be one of"):
+        il.entropic_lp(c, A=A, b=b, slack="soft")
+    for temperature in (0.0, -1.0, math.nan, torch.tensor(0.0), torch.tensor([[1.0], [-2.0]])):
+        with pytest.raises(ValueError, match="temperature"):
+            il.entropic_lp(c, A=A, b=b, temperature=temperature)
+    with pytest.raises(il.ShapeError, match="temperature must be 0-d or"):
+        il.entropic_lp(c, A=A, b=b, temperature=torch.ones(3))
+    with pytest.raises(il.ShapeError, match="do not broadcast"):
+        il.entropic_lp(torch.zeros(2, 3), A=A, b=torch.ones(3, 1))
+
+
+def test_one_temperature_a_problem():
+    c, tau = normal(26)(4, 5), torch.tensor([[0.2], [0.5], [1.0], [3.0]], dtype=DOUBLE)
+    A, b = torch.ones(1, 5, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE)
+    torch.testing.assert_close(il.entropic_lp(c, A=A, b=b, temperature=tau).value, (c / tau).softmax(-1))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.floats(-3, 3), st.floats(-6, 6))
+def test_any_scale_of_rows_and_any_shift_of_scores(seed, power, shift):
+    d = data(seed, n=8, n_eq=2, n_ineq=2)
+    expected = il.entropic_lp(**d, temperature=0.5).value
+    scale = torch.tensor([10.0**power, 1.0], dtype=DOUBLE)
+    moved = {
+        "c": d["c"] + shift * d["A"][0],  # a shift along a row changes only its multiplier
+        "A": d["A"] * scale[:, None],
+        "b": d["b"] * scale,
+        "G": d["G"] * scale[:, None],
+        "h": d["h"] * scale,
+    }
+    torch.testing.assert_close(il.entropic_lp(**moved, temperature=0.5).value, expected, rtol=1e-7, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.sampled_from([1.0, 0.2, 0.05]))
+def test_permuted_problems_have_permuted_solutions(seed, tau):
+    d = data(seed, n=9)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(9))
+    x = il.entropic_lp(**d, temperature=tau).value
+    d = {k: v[..., order] if k in ("c", "A", "G") else v for k, v in d.items()}
+    torch.testing.assert_close(il.entropic_lp(**d, temperature=tau).value, x[order], rtol=1e-7, atol=1e-9)
+
+
+def test_a_wrong_derivative_of_the_system_would_be_seen(monkeypatch):
+    d = data(27, n_ineq=0)
+    tensors = tuple(d[k].requires_grad_() for k in ("c", "A", "b"))
+
+    def call(c, A, b):
+        return il.entropic_lp(c, A=A, b=b).value
+
+    assert torch.autograd.gradcheck(call, tensors)
+    right = SchurSolve.apply
+    monkeypatch.setattr(SchurSolve, "apply", lambda *args: 1.3 * right(*args))
+    with pytest.raises(RuntimeError):
+        torch.autograd.gradcheck(call, tensors)

@@ -7,7 +7,7 @@ the start. So 24 of the equalities are redundant at every step and are left in. 
 them beforehand.
 
 The linear program is trained with the smoothed derivative: at a vertex the exact one sees only the constraints that
-meet there and learns far more slowly, as a third row shows. The solution is that of the linear program in either case.
+meet there and learns more slowly, as a third row shows. The solution is that of the linear program in either case.
 
 The boards have one solution each. Those to test with belong to solutions of which no board was trained with.
 """

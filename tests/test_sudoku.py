@@ -85,7 +85,7 @@ def test_the_rules_themselves_solve_the_boards(every):
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_a_short_training_learns(task):
     training, test = data(200, 20, seed=0)
-    row = trained(task, training, test, steps=30, batch=20, lr=0.02, seed=0, every=5)
+    row = trained(task, training, test, steps=30, batch=20, seed=0, every=5)
     losses = [loss for _, loss, _ in row["curve"]]
     assert losses[-1] < 0.8 * losses[0]
     assert row["rank"] == RANK < row["rows"]
@@ -93,17 +93,18 @@ def test_a_short_training_learns(task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_it_is_learned(task):
+def test_it_is_learned():
     training, test = data(2000, 200, seed=1)
-    row = trained(task, training, test, steps=600, batch=50, lr=0.02, seed=1)
-    assert row["test_right"] >= 0.97
+    row = trained(TASKS[0], training, test, steps=400, batch=50, seed=1)
+    assert row["test_right"] >= 0.95
 
 
 def test_the_committed_result_is_good():
     result = json.loads((RESULTS / "sudoku.json").read_text(encoding="utf-8"))
-    assert [row["problem"] for row in result["rows"]] == [task.name for task in TASKS]
-    for row in result["rows"]:
+    *rows, contrast = result["rows"]
+    assert [row["problem"] for row in rows] == [task.name for task in TASKS]
+    assert contrast["test_right"] < min(row["test_right"] for row in rows)
+    for row in rows:
         assert row["test_right"] >= 0.99
         assert row["test_boards"] >= 1000
         assert row["rank"] < row["rows"]
@@ -113,7 +114,7 @@ def test_the_committed_result_is_good():
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert sudoku.main(["--quick", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "sudoku-quick.json").read_text(encoding="utf-8"))
-    assert result["quick"] and len(result["rows"]) == len(TASKS)
+    assert result["quick"] and len(result["rows"]) == len(TASKS) + 1
     assert "unseen boards right" in capsys.readouterr().out
 
 

@@ -64,7 +64,7 @@ class GaussianFamily(ABC):
         checks.trailing_shape(name, lam, (self.size,), f"for a {type(self).__name__} with dim={self.dim}")
 
     def mean(self, lam: Tensor) -> Tensor:  # (*B, size) -> (*B, D)
-        """m."""
+        """The mean, m."""
         return lam[..., : self.dim]
 
     def log_scale(self, lam: Tensor) -> Tensor:  # (*B, size) -> (*B, D)
@@ -72,7 +72,7 @@ class GaussianFamily(ABC):
         return lam[..., self.dim : 2 * self.dim]
 
     def sample(self, lam: Tensor, eps: Tensor) -> Tensor:  # (*B, size), (S, *B, D) -> (S, *B, D)
-        """z = m + L ε."""
+        """The points m + L ε."""
         return self.mean(lam) + self.spread(lam, eps)
 
     def kl_prior(self, lam: Tensor) -> Tensor:  # (*B, size) -> (*B,)
@@ -85,13 +85,13 @@ class GaussianFamily(ABC):
         return self.log_scale(lam).sum(-1) + 0.5 * self.dim * (_LOG_2PI + 1)
 
     def log_prob(self, lam: Tensor, z: Tensor) -> Tensor:  # (*B, size), (S, *B, D) -> (S, *B)
-        """log q_λ(z)."""
+        """The log-density log q_λ(z)."""
         white = self.whiten(lam, z - self.mean(lam))
         return -0.5 * (white**2).sum(-1) - self.log_scale(lam).sum(-1) - 0.5 * self.dim * _LOG_2PI
 
 
 def log_prior(z: Tensor) -> Tensor:  # (*, D) -> (*,)
-    """log N(z; 0, I)."""
+    """The log-density log N(z; 0, I)."""
     return -0.5 * (z**2).sum(-1) - 0.5 * z.shape[-1] * _LOG_2PI
 
 

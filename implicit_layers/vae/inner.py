@@ -70,7 +70,7 @@ class InnerProblem:
         beta: float | Tensor = 1.0,
         mask: Tensor | None = None,
     ) -> Tensor:  # (*B, n) -> (*B,)
-        """e."""
+        """The energy e."""
         lam = self.lam(model.family, y, lam0)
         if self.energy == "potential":
             return beta * model.family.kl_prior(lam) - expected_potential(model.family, lam, lam0)

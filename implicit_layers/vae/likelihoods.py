@@ -75,7 +75,7 @@ class Categorical(nn.Module):
     """
 
     def forward(self, output: Tensor, x: Tensor) -> Tensor:  # (S, *B, *E, V), (*B, *E) -> (S, *B, *E)
-        """log softmax(output)[x]."""
+        """The entries log softmax(output)[x]."""
         log_p = output.log_softmax(-1)
         index = x.to(torch.int64).expand(log_p.shape[:-1]).unsqueeze(-1)
         return log_p.gather(-1, index).squeeze(-1)

@@ -98,3 +98,9 @@ class LatentModel(nn.Module):
         """−ELBO: −mean over the points of log p(x | m + L ε), plus β KL(q ‖ p)."""
         z = self.family.sample(lam, eps)
         return beta * self.family.kl_prior(lam) - self.log_likelihood(z, x, mask).mean(0)
+
+    def forward(
+        self, lam: Tensor, x: Tensor, eps: Tensor, beta: float | Tensor = 1.0, mask: Tensor | None = None
+    ) -> Tensor:
+        """`free_energy`."""
+        return self.free_energy(lam, x, eps, beta, mask)

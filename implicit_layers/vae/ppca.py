@@ -130,7 +130,9 @@ class PPCA:
         variances = (1 + rho) / (self.precision.diagonal() + rho * P0)
         return torch.cat([m, 0.5 * variances.log()], -1)
 
-    def anchored_kl_full(self, x: Tensor, mean0: Tensor, precision0: Tensor, rho: float | Tensor) -> tuple[Tensor, Tensor]:
+    def anchored_kl_full(
+        self, x: Tensor, mean0: Tensor, precision0: Tensor, rho: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Mean and precision of the KL anchor for full covariances: P* = (Λ + ρP₀)/(1 + ρ)."""
         total = self.precision + rho * precision0
         rhs = self.evidence_slope(x).unsqueeze(-1) + rho * precision0 @ mean0.unsqueeze(-1)

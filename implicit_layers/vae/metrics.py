@@ -1,7 +1,7 @@
 r"""How good a model and its inference are, per datum, with oracles where there are any.
 
-log p(x) − ELBO(λ) = [log p(x) − ELBO(λ*)]  +  [ELBO(λ*) − ELBO(λ)]
-                      approximation gap          amortisation gap           (Cremer et al., 2018)
+log p(x) − ELBO(λ) is the approximation gap log p(x) − ELBO(λ*) plus the amortisation gap ELBO(λ*) − ELBO(λ), λ* being the
+best of the family (Cremer et al., 2018, arXiv:1801.03558).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def iwae_nll(
 
 @torch.no_grad()
 def evidence(model: LatentModel, x: Tensor, nodes: int = 161, width: float = 8.0) -> Evidence:  # (B, *E) -> (B,)
-    """log p(x) by the trapezoidal rule on [−width, width]^D, D ≤ 2, one grid for all data.
+    """The evidence log p(x) by the trapezoidal rule on [−width, width]^D, D ≤ 2, one grid for all data.
 
     The rule converges faster than any power of the step for smooth densities; its step must be below the posterior's
     standard deviations, which the error reports: every second node alone gives the same, or there are too few.
@@ -115,7 +115,7 @@ def amortisation_gap(model: LatentModel, lam: Tensor, best: Tensor, x: Tensor) -
 
 
 def approximation_gap(model: LatentModel, best: Tensor, x: Tensor) -> Tensor:  # (B, size), (B, *E) -> (B,)
-    """log p(x) − ELBO(best), exactly, D ≤ 2: what the family cannot reach.
+    """The gap log p(x) − ELBO(best), exactly, D ≤ 2: what the family cannot reach.
 
     >>> model = LatentModel(torch.nn.Linear(1, 2).double(), 1)
     >>> lam, x = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
@@ -156,7 +156,7 @@ def _fresh(model: LatentModel, lam: Tensor, samples: int, generator: torch.Gener
 
 
 def _log_joint(model: LatentModel, z: Tensor, x: Tensor) -> Tensor:  # (G, D), (B, *E) -> (G, B)
-    """log p(x, z) of every datum at every point; each point is decoded once."""
+    """The joint log p(x, z) of every datum at every point; each point is decoded once."""
     output = model.decoder(z)  # (G, *E)
     log_p = model.likelihood(output.unsqueeze(1), x)
     return log_p.reshape(len(z), len(x), -1).sum(-1) + log_prior(z).unsqueeze(1)

@@ -29,7 +29,8 @@ class LatentModel(nn.Module):
 
     Raises:   ArgumentTypeError: the decoder is no module. ArgumentError: the family has another dimension.
 
-    >>> model = LatentModel(nn.Linear(2, 3), 2)
+    >>> import torch
+    >>> model = LatentModel(torch.nn.Linear(2, 3), 2)
     >>> model.free_energy(torch.zeros(5, 4), torch.zeros(5, 3), torch.zeros(1, 5, 2)).shape
     torch.Size([5])
     """
@@ -78,7 +79,7 @@ class LatentModel(nn.Module):
                 )
 
     def log_likelihood(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (S, *B, D) -> (S, *B)
-        """log p(x | z), summed over the entries of x; with a mask (like x, or broadcast) over those it weighs."""
+        """The log-likelihood log p(x | z), summed over the entries of x; a mask, like x or broadcast, weighs them."""
         flat = self.decoder(z.reshape(-1, z.shape[-1]))
         output = flat.reshape(*z.shape[:-1], *flat.shape[1:])
         log_p = self.likelihood(output, x)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from implicit_layers import checks
@@ -74,6 +73,7 @@ class HeldOut:
     Attributes:
         observed: weights of the entries, 1 where the inner problem sees them; like x, or broadcast.
 
+    >>> import torch
     >>> HeldOut(torch.tensor([1.0, 0.0])).hidden
     tensor([0., 1.])
     """

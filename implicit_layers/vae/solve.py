@@ -1,4 +1,4 @@
-r"""Refine the encoder's guess: solve the inner problem of every datum, and differentiate the solution in one of six ways.
+r"""Refine the encoder's guess: solve the inner problem of every datum, and differentiate it in one of six ways.
 
 | grad | derivative of λ* | memory |
 |---|---|---|
@@ -101,8 +101,8 @@ def refine(
         on_failure:    "raise", "warn" or "ignore"; with the last two a datum that did not converge keeps its last
                        iterate and loses its implicit term, `info` counts it, and the others are untouched.
 
-    Returns:  λ*, (\*B, size), and how it was found. A datum whose energy is not finite at λ⁰ starts at the prior, λ = 0,
-        and gives the encoder no gradient. With a `Descent`, `info.residual` is ‖∇e‖ at the last iterate.
+    Returns:  λ*, (\*B, size), and how it was found. A datum whose energy is not finite at λ⁰ starts at the prior,
+        λ = 0, and gives the encoder no gradient. With a `Descent`, `info.residual` is ‖∇e‖ at the last iterate.
     Gradient: "implicit": dλ* = −(H + ρM)⁻¹ (∂F/∂θ dθ − ρM dλ⁰ + M(λ* − λ⁰) dρ) with F = ∇f, H = ∇²f; to any order,
         unless a `Descent` found λ*: then the same at its last iterate, and first derivatives only.
 

@@ -1,7 +1,7 @@
 r"""How good a model and its inference are, per datum, with oracles where there are any.
 
-log p(x) − ELBO(λ) is the approximation gap log p(x) − ELBO(λ*) plus the amortisation gap ELBO(λ*) − ELBO(λ), λ* being the
-best of the family (Cremer et al., 2018, arXiv:1801.03558).
+log p(x) − ELBO(λ) is the approximation gap log p(x) − ELBO(λ*) plus the amortisation gap ELBO(λ*) − ELBO(λ), λ* being
+the best of the family (Cremer et al., 2018, arXiv:1801.03558).
 """
 
 from __future__ import annotations

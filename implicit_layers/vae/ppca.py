@@ -77,7 +77,7 @@ class PPCA:
         return Moments(self._solve(self.precision, self.evidence_slope(x)), torch.cholesky_inverse(L))
 
     def log_evidence(self, x: Tensor) -> Tensor:  # (*B, n) -> (*B,)
-        """Log p(x) = log N(x; b, C)."""
+        """The evidence log p(x) = log N(x; b, C)."""
         n, D = self.W.shape
         r, M = x - self.b, self.gamma * self.precision
         projected = r @ self.W
@@ -103,7 +103,7 @@ class PPCA:
         return torch.cat([m, (0.5 * variances.log()).expand_as(m)], -1)
 
     def diagonal_gap(self) -> Tensor:
-        """Log p(x) − max ELBO over diagonal q: ½(Σ log Λᵢᵢ − log|Λ|) for every x."""
+        """The gap log p(x) − max ELBO over diagonal q: ½(Σ log Λᵢᵢ − log|Λ|) for every x."""
         return 0.5 * (self.precision.diagonal().log().sum() - torch.logdet(self.precision))
 
     def anchored_l2(self, x: Tensor, lam0: Tensor, rho: float | Tensor) -> Tensor:  # (*B, n), (*B, 2D) -> (*B, 2D)

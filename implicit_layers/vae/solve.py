@@ -13,6 +13,7 @@ r"""Refine the encoder's guess: solve the inner problem of every datum, and diff
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, ShapeError
 from implicit_layers.implicit import argmin
-from implicit_layers.jacobian import Jacobian, gradient
+from implicit_layers.jacobian import Jacobian, gradient, opaque
 from implicit_layers.linalg import LinearSolver
 from implicit_layers.solution import OnFailure, Solution, SolveInfo, Status, check_on_failure, report_failure
 from implicit_layers.solvers.newton import Newton
@@ -161,7 +162,7 @@ def _usable_start(
     problem: InnerProblem, model: LatentModel, x: Tensor, lam0: Tensor, eps: Tensor, *rest: Any
 ) -> Tensor:  # (*B, size)
     """λ⁰, or the prior where the energy at λ⁰ is not finite."""
-    with torch.no_grad():
+    with opaque(lam0.device):
         plain = lam0.detach()
         energy = problem.value(problem.start(model.family, plain), model, x, plain, eps, *rest)
         good = torch.isfinite(energy) & torch.isfinite(plain).all(-1)
@@ -180,7 +181,7 @@ def _descend(
     slope = gradient(problem.value)
     everywhere = torch.ones(y0.shape[:-1], dtype=torch.bool, device=y0.device)
     differentiated = torch.is_grad_enabled()
-    with torch.set_grad_enabled(differentiated and grad == "unrolled"):
+    with nullcontext() if differentiated and grad == "unrolled" else opaque(y0.device):
         y = _steps(slope, descent, y0, theta, everywhere)
         alive = torch.isfinite(y).all(-1)
         if not checks.host_bool(alive.all()):  # what diverged stays at its start, and spoils no gradient
@@ -192,7 +193,7 @@ def _descend(
             S = _masked(torch.eye(y.shape[-1], dtype=y.dtype, device=y.device).expand(*y.shape, -1), alive)
         else:
             g = slope(y.detach(), *theta)
-            with torch.no_grad():
+            with opaque(y.device):
                 H = Jacobian(lambda v: slope(v, *theta), y).dense()
                 if grad == "implicit":
                     T, definite = implicit(H)
@@ -202,7 +203,7 @@ def _descend(
                     S = _masked(S, alive)
             T = _masked(T, alive)
         y = attach(y, y0, g, S, T)
-    with torch.no_grad():
+    with opaque(y.device):
         residual = norm(slope(y.detach(), *theta))
     bad = torch.where(alive, int(Status.SINGULAR), int(Status.NOT_CONVERGED))
     status = torch.where(good, int(Status.CONVERGED), bad).to(torch.int8)

@@ -19,7 +19,7 @@ from implicit_layers.vae.model import LatentModel
 from implicit_layers.vae.noise import Noise
 from implicit_layers.vae.outer import IWAE
 
-_CHUNK = 4096  # points of a grid that are decoded together
+_CHUNK = 2**17  # pairs of a point and a datum that are looked at together
 
 
 class Evidence(NamedTuple):
@@ -78,7 +78,7 @@ def evidence(model: LatentModel, x: Tensor, nodes: int = 161, width: float = 8.0
     even = torch.arange(nodes, device=x.device) % 2 == 0
     coarse = torch.cartesian_prod(*[even] * model.latent_dim).reshape(len(grid), -1).all(-1)
     cell = model.latent_dim * math.log(2 * width / (nodes - 1))
-    joint = torch.cat([_log_joint(model, part, x) for part in grid.split(_CHUNK)])
+    joint = torch.cat([_log_joint(model, part, x) for part in grid.split(max(1, _CHUNK // max(1, len(x))))])
     value = joint.logsumexp(0) + cell
     half = joint[coarse].logsumexp(0) + cell + model.latent_dim * math.log(2)
     return Evidence(value, (value - half).abs())

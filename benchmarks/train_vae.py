@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--rho", type=float, default=1.0, help="weight of the anchor")
     arguments.add_argument("--latent", type=int, default=4)
     arguments.add_argument("--hidden", type=int, default=32)
+    arguments.add_argument("--fixed", action="store_true", help="sequences: keep the true generator, train the encoder")
     arguments.add_argument("--limit", type=int, help="use this many training examples")
     arguments.add_argument("--out", type=Path, default=Path("vae-runs"), help="folder of logs, checkpoints, pictures")
     arguments.add_argument("--result", type=Path, help="also write the comparison to this JSON file")
@@ -58,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(run(method, seed, data, options))
     print(table(rows))
     if options.result is not None:
-        settings = {k: getattr(options, k) for k in ("epochs", "batch", "rate", "rho", "latent", "hidden", "seeds")}
+        settings = {
+            k: getattr(options, k) for k in ("epochs", "batch", "rate", "rho", "latent", "hidden", "seeds", "fixed")
+        }
         result = {
             "suite": "vae",
             "quick": False,
@@ -74,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(method: str, seed: int, data: Data, options: argparse.Namespace) -> dict[str, Any]:
     """Train one method on one seed, or go on with it, and test it."""
-    name = f"{Path(options.data).stem}-{method}-{seed}"
+    name = f"{Path(options.data).stem}{'-fixed' if options.fixed else ''}-{method}-{seed}"
     checkpoint, log_file = options.out / f"{name}.pt", options.out / f"{name}.json"
-    vae = build(method, data, options.latent, options.hidden, options.rho, seed)
+    vae = build(method, data, options.latent, options.hidden, options.rho, seed, options.fixed)
     optimiser = torch.optim.Adam(vae.parameters(), options.rate)
     draw = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []

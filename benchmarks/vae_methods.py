@@ -25,14 +25,19 @@ class OneHot(nn.Module):
         return nn.functional.one_hot(x.long(), WORDS).double().flatten(-2)
 
 
-def build(method: str, data: Data, latent: int, hidden: int, rho: float, seed: int) -> SemiAmortizedVAE:
-    """Encoder and model from one seed, whatever the method; ρ = (1 − μ)/(aK) fixes the step of the unrolled descent."""
+def build(
+    method: str, data: Data, latent: int, hidden: int, rho: float, seed: int, fixed: bool = False
+) -> SemiAmortizedVAE:
+    """Encoder and model from one seed, whatever the method; ρ = (1 − μ)/(aK) fixes the step of the unrolled descent.
+
+    With `fixed` the model is the generator of the data, and only the encoder learns.
+    """
     torch.manual_seed(seed)
     n = data.train.shape[1]
     if data.truth is not None:
         latent = 2
         encoder: nn.Module = nn.Sequential(OneHot(), _mlp(n * WORDS, hidden, 2 * latent))
-        model = LatentModel(nn.Identity(), latent, SequenceLikelihood())
+        model = data.truth if fixed else LatentModel(nn.Identity(), latent, SequenceLikelihood())
     else:
         encoder = _mlp(n, hidden, 2 * latent)
         model = LatentModel(_mlp(latent, hidden, n), latent, Bernoulli())

@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--rho", type=float, default=1.0, help="weight of the anchor")
     arguments.add_argument("--latent", type=int, default=4)
     arguments.add_argument("--hidden", type=int, default=32)
-    arguments.add_argument("--fixed", action="store_true", help="sequences: keep the true generator, train the encoder")
+    arguments.add_argument("--fixed", action="store_true", help="sequences: keep the true generator")
     arguments.add_argument("--limit", type=int, help="use this many training examples")
     arguments.add_argument("--out", type=Path, default=Path("vae-runs"), help="folder of logs, checkpoints, pictures")
     arguments.add_argument("--result", type=Path, help="also write the comparison to this JSON file")

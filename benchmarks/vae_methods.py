@@ -13,7 +13,7 @@ from implicit_layers.solvers.newton import Newton
 from implicit_layers.vae import Anchor, Bernoulli, Descent, InnerProblem, LatentModel, Noise, refine
 
 FREE = InnerProblem(Anchor("none"))
-SOLVER = Newton(tol=1e-5, max_iter=30)
+SOLVER = Newton(tol=1e-4, max_iter=30)
 STEPS, MOMENTUM = 10, 0.5  # of the unrolled descent; its step follows from rho
 METHODS = ("vae", "svi", "vae_svi", "vae_svi_kl", "sa_vae", "savi_implicit", "savi_moreau")
 

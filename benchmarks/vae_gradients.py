@@ -23,6 +23,7 @@ from implicit_layers.solvers.newton import Newton
 from implicit_layers.vae import Anchor, Bernoulli, Descent, InnerProblem, LatentModel, Noise, refine
 
 STEPS = (1, 2, 5, 10, 20, 40, 80, 160)
+ORDER_STEPS = (60, 100, 140, 180, 220, 260)
 CPU = torch.device("cpu")
 
 
@@ -49,7 +50,7 @@ class Setting:
         return torch.cat([g.flatten() for g in found])
 
 
-def orders(setting: Setting, step: float = 0.05, steps: Sequence[int] = (60, 100, 140, 180, 220, 260)) -> dict[str, Any]:
+def orders(setting: Setting, step: float = 0.05, steps: Sequence[int] = ORDER_STEPS) -> dict[str, Any]:
     """Gradient errors against inner errors, and the slopes of the straight lines through their logarithms."""
     problem = InnerProblem(Anchor("none"))
     best = setting.lam(problem, solver=Newton(), grad="envelope")

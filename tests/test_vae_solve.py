@@ -16,12 +16,14 @@ from implicit_layers.vae import (
     Descent,
     FreeBits,
     Gaussian,
+    GaussNewton,
     HeldOut,
     InnerProblem,
     LatentModel,
     Noise,
     refine,
 )
+from implicit_layers.vae.gauss_newton import curvature
 from implicit_layers.vae.inner import expected_potential
 from tests.vae_problems import close, curved_case, linear_case
 
@@ -123,6 +125,7 @@ def test_implicit_is_unrolled_to_convergence(anchor, likelihood):
         {"solver": LONG},
         {"solver": il.LBFGS()},
         {"solver": il.GradientDescent()},
+        {"solver": GaussNewton()},
     ]:
         lam = solved(case, PROBLEMS[anchor], **settings)(*inputs)
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad((weights * lam).sum(), inputs)]))
@@ -386,3 +389,32 @@ def test_potential_is_a_quadratic():
     h, R = case.lam0[:, :2], case.lam0[:, 2:].exp()
     expected = (z * h - 0.5 * R * z**2).sum(-1).mean(0)
     assert close(expected_potential(case.model.family, case.lam0, case.lam0), expected, 1e-12)
+
+
+# --- Gauss–Newton ------------------------------------------------------------------------------------------------
+
+
+def test_gauss_newton_is_newton_for_the_mean_of_a_linear_model():
+    case, oracle = linear_case()
+    problem = InnerProblem(Anchor("l2"), unknown="mean")
+    H = curvature(problem, case.lam0[:, :3], case.model, case.x, case.lam0, case.eps, 0.7)
+    assert close(H, (oracle.precision + 0.7 * torch.eye(3, dtype=torch.float64)).expand(5, 3, 3), 1e-12)
+    once = GaussNewton(max_iter=1).minimise(problem, case.lam0[:, :3], case.model, case.x, case.lam0, case.eps, 0.7)
+    exact = refine(case.model, case.x, case.lam0, case.eps, problem=problem, rho=0.7).value
+    assert close(once, exact[:, :3], 1e-10)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_gauss_newton_finds_what_newton_finds(name):
+    case = curved_case(B=6)
+    settings = {"problem": PROBLEMS[name], "rho": 0.3, "beta": 0.9, "mask": OBSERVED.repeat(2)[:5]}
+    newton = refine(case.model, case.x, case.lam0, case.eps, **settings).value
+    ours = refine(case.model, case.x, case.lam0, case.eps, solver=GaussNewton(), **settings)
+    assert close(ours.value, newton, 1e-7) and bool(ours.info.converged.all())
+
+
+def test_gauss_newton_needs_the_curvature_of_the_likelihood():
+    case = curved_case()
+    model = LatentModel(case.model.decoder, 2, lambda output, x: -((x - output) ** 2))
+    with pytest.raises(il.ArgumentError, match="curvature"):
+        refine(model, case.x, case.lam0, case.eps, solver=GaussNewton())

@@ -7,6 +7,7 @@ shape (*B,). Sums over the batch are the caller's, and nothing here averages.
 from implicit_layers.vae.anchors import Anchor as Anchor
 from implicit_layers.vae.families import DiagonalGaussian as DiagonalGaussian
 from implicit_layers.vae.families import FullGaussian as FullGaussian
+from implicit_layers.vae.gauss_newton import GaussNewton as GaussNewton
 from implicit_layers.vae.inner import InnerProblem as InnerProblem
 from implicit_layers.vae.likelihoods import Bernoulli as Bernoulli
 from implicit_layers.vae.likelihoods import Categorical as Categorical

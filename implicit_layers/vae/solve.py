@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,6 +31,7 @@ from implicit_layers.solvers.newton import Newton
 from implicit_layers.solvers.problem import Method, norm
 from implicit_layers.unrolled import unroll
 from implicit_layers.vae.derivative import attach, frozen, implicit
+from implicit_layers.vae.gauss_newton import GaussNewton
 from implicit_layers.vae.inner import InnerProblem
 from implicit_layers.vae.model import LatentModel
 
@@ -66,7 +68,7 @@ class Descent:
         return (1 - self.momentum) / (self.step * self.steps) if self.steps else float("inf")
 
 
-InnerSolver = Method | Descent | Callable[..., Any]
+InnerSolver = Method | Descent | GaussNewton | Callable[..., Any]
 
 
 def refine(
@@ -96,7 +98,8 @@ def refine(
         problem:       what is minimised.
         rho, beta:     the weights of the anchor and of the KL term, numbers or (\*B,); differentiated.
         mask:          weights of the entries of x in the inner problem; see `HeldOut`.
-        solver:        `Newton()`, `LBFGS()`, `GradientDescent()` or a callable, to stationarity; or `Descent()`.
+        solver:        `Newton()`, `LBFGS()`, `GradientDescent()`, `GaussNewton()` or a callable, to stationarity; or
+                       `Descent()`.
         grad:          see the table of this module. "unrolled", "frozen_hessian" and "one_step" need a `Descent`.
         linear_solver: of the implicit derivative; see `argmin`.
         on_failure:    "raise", "warn" or "ignore"; with the last two a datum that did not converge keeps its last
@@ -125,6 +128,8 @@ def refine(
     if isinstance(solver, Descent):
         y, info = _descend(problem, solver, y0, theta, grad, on_failure)
     else:
+        if isinstance(solver, GaussNewton):
+            solver = partial(_by_parts, solver, problem)
         with torch.set_grad_enabled(torch.is_grad_enabled() and grad == "implicit"):
             solution = argmin(
                 problem.value, y0, *theta, solver=solver, linear_solver=linear_solver, on_failure=on_failure
@@ -167,6 +172,11 @@ def _usable_start(
         energy = problem.value(problem.start(model.family, plain), model, x, plain, eps, *rest)
         good = torch.isfinite(energy) & torch.isfinite(plain).all(-1)
     return torch.where(good.unsqueeze(-1), lam0, 0.0)
+
+
+def _by_parts(solver: GaussNewton, problem: InnerProblem, _: Callable[..., Tensor], y0: Tensor, *theta: Any) -> Tensor:
+    """A solver as the core calls it, which looks at the parts of the objective instead."""
+    return solver.minimise(problem, y0, *theta)
 
 
 def _descend(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
+from implicit_layers.eager import uncompiled
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, ShapeError
 from implicit_layers.implicit import argmin
 from implicit_layers.jacobian import Jacobian, gradient, opaque
@@ -71,6 +72,7 @@ class Descent:
 InnerSolver = Method | Descent | GaussNewton | Callable[..., Any]
 
 
+@uncompiled
 def refine(
     model: LatentModel,
     x: Tensor,

@@ -124,7 +124,11 @@ def test_every_public_operation_has_a_row() -> None:
 
 
 def _is_ours(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, torch.nn.Module) and value.__module__.startswith(f"{il.nn.__name__}.")
+    return (
+        isinstance(value, type)
+        and issubclass(value, torch.nn.Module)
+        and value.__module__.startswith(f"{il.nn.__name__}.")
+    )
 
 
 def test_exceptions_name_promises_and_give_reasons() -> None:

@@ -95,7 +95,7 @@ def test_a_short_training_learns(task):
 @pytest.mark.slow
 def test_it_is_learned():
     training, test = data(2000, 200, seed=1)
-    row = trained(TASKS[0], training, test, steps=400, batch=50, seed=1)
+    row = trained(TASKS[0], training, test, steps=TASKS[0].steps, batch=50, seed=1)
     assert row["test_right"] >= 0.95
 
 

@@ -98,6 +98,43 @@ def memory(result: Result) -> str:
     return f"{_markdown(lines, left=2)}\n\n{buffer}{_provenance(result)}"
 
 
+def bad_inputs(result: Result) -> str:
+    """One line an input, a column a layer: what comes back."""
+    layers = list(dict.fromkeys(row["layer"] for row in result["rows"]))
+    lines = [["input", *layers]]
+    cases: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        cases.setdefault(row["input"], {})[row["layer"]] = row["outcome"]
+    lines += [[name, *(found.get(layer, "–") for layer in layers)] for name, found in cases.items()]
+    words = (
+        "refused: an error that says why; error: an obscure one; warned: zero gradient and a warning; wrong: numbers "
+        "that are no answer, without a word."
+    )
+    return f"{_markdown(lines, left=len(layers) + 1)}\n\n{words} {_provenance(result, 'benchmarks.bad_inputs')}"
+
+
+def hard_qps(result: Result) -> str:
+    """One line a solver: how many of the hard programs it gets right, by the same certificate."""
+    keys = ("problems", "right", "inaccurate", "failed", "wrong", "largest_residual", "median_ms")
+    heads = ["programs", "right", "inaccurate", "says it failed", "wrong in silence", "largest residual", "median, ms"]
+    lines = [["solver", *heads], *([row["solver"], *(str(row[key]) for key in keys)] for row in result["summary"])]
+    return f"{_markdown(lines, left=1)}\n\n{_provenance(result, 'benchmarks.maros')}"
+
+
+def sudoku(result: Result) -> str:
+    """One line a layer: what it learned."""
+    keys = ("problem", "gradient", "steps", "seconds", "test_right")
+    heads = ["layer", "gradient", "steps", "training, s", "unseen boards right"]
+    lines = [heads, *([str(row.get(key, "–")) for key in keys] for row in result["rows"])]
+    return f"{_markdown(lines, left=2)}\n\n{_provenance(result, 'benchmarks.sudoku')}"
+
+
+def denoising(result: Result) -> str:
+    """One line a model: its error on unseen signals."""
+    lines = [["model", "mean squared error"], *([row["model"], str(row["test_mse"])] for row in result["rows"])]
+    return f"{_markdown(lines, left=1)}\n\n{_provenance(result, 'benchmarks.denoising')}"
+
+
 # name of the table -> the suite that it shows, and how
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "qp": ("qp", qp),
@@ -105,6 +142,10 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "memory": ("memory", memory),
     "simplex": ("simplex", simplex),
     "scaling": ("scaling", scaling),
+    "bad-inputs": ("bad_inputs", bad_inputs),
+    "hard-qps": ("maros", hard_qps),
+    "sudoku": ("sudoku", sudoku),
+    "denoising": ("denoising", denoising),
 }
 
 
@@ -154,12 +195,13 @@ def _markdown(lines: Sequence[Sequence[str]], left: int) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
 
 
-def _provenance(result: Result) -> str:
+def _provenance(result: Result, module: str | None = None) -> str:
+    """Where the figures come from, and how to make them again."""
     env = result["environment"]
     threads = f"{env['threads']} thread{'s' if env['threads'] != 1 else ''}"
     return (
         f"{env['device']}, {threads}, torch {env['torch']}, commit {env['commit']}, {env['date']}; float64, medians. "
-        f"`python -m benchmarks.run {result['suite']}` makes it."
+        f"`python -m {module or 'benchmarks.run ' + result['suite']}` makes it."
     )
 
 

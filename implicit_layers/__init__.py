@@ -4,6 +4,7 @@ from implicit_layers import compat as compat
 from implicit_layers import nn as nn
 from implicit_layers import projections as projections
 from implicit_layers import testing as testing
+from implicit_layers import vae as vae
 from implicit_layers.conditions import IFTReport as IFTReport
 from implicit_layers.conditions import check_ift as check_ift
 from implicit_layers.errors import ArgumentError as ArgumentError

@@ -7,7 +7,7 @@ problems are small and their solutions well away from a kink, so that finite dif
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -495,6 +495,38 @@ def _qp_layer_iterations(*tensors: Tensor) -> Tensor:
     return layer.solve(tensors[-1]).info.iterations
 
 
+def _semi_amortized_vae() -> torch.nn.Module:
+    model = il.vae.LatentModel(torch.nn.Linear(1, 2), 1)
+    settings = {"noise": il.vae.Noise("cubature"), "outer_noise": "inner"}
+    return il.nn.SemiAmortizedVAE.savi_implicit(torch.nn.Linear(2, 2), model, rho=0.7, **settings).double()
+
+
+def _semi_amortized_vae_state(seed: int) -> Tensors:
+    normal = _normal(seed)
+    return 0.3 * normal(2, 2), 0.3 * normal(2), normal(2, 1), 0.3 * normal(2)  # encoder and decoder, W and b
+
+
+def _semi_amortized_vae_iterations(*tensors: Tensor) -> Tensor:
+    vae = _semi_amortized_vae()
+    with torch.no_grad():
+        for parameter, value in zip(vae.parameters(), tensors[:-1], strict=True):
+            parameter.copy_(value)
+    return vae(tensors[-1]).info.iterations
+
+
+def _semi_amortized_vae_row() -> Operation:
+    row = _module(
+        "nn.SemiAmortizedVAE",
+        _semi_amortized_vae,
+        _semi_amortized_vae_state,
+        2,
+        syncs=(8, 3, 1),
+        iterations=_semi_amortized_vae_iterations,
+    )
+    # the loss, and λ*; what the tests of modules expect is one tensor
+    return replace(row, call=lambda *tensors: tuple(row.call(*tensors)[0][:2]), module=None)
+
+
 def _softmax_layer() -> torch.nn.Module:
     return il.nn.Softmax(temperature=0.7, learn_temperature=True).double()
 
@@ -670,4 +702,5 @@ OPERATIONS = (
     ),
     _soft_order(il.nn.SoftRank),
     _soft_order(il.nn.SoftSort),
+    _semi_amortized_vae_row(),
 )

@@ -233,23 +233,23 @@ BREAK = "the graph breaks at the solve, whose iterations depend on the data; num
 
 
 def transform_table() -> str:
-    """Transforms by public names: a tick where every row of the name keeps the promise, else a note with the reason."""
+    """Public names by transforms: a tick where every row of the name keeps the promise, else a note with the reason."""
     names = list(dict.fromkeys(op.public_name for op in OPERATIONS))
     notes: list[str] = []
-    lines = [["", *(f"`{name}`" for name in names)], ["---", *(":-:" for _ in names)]]
-    for promise in TRANSFORMS:
+    lines = [["", *TRANSFORMS], ["---", *(":-:" for _ in TRANSFORMS)]]
+    for name in names:
+        rows = [op for op in OPERATIONS if op.public_name == name]
+        breaks = dict(zip(("`torch.compile`", "`torch.compile` of `vmap`"), rows[0].breaks, strict=True))
         cells = []
-        for name in names:
-            rows = [op for op in OPERATIONS if op.public_name == name]
-            broken = [f"{op.name}: {op.exceptions[promise]}" for op in rows if promise in op.exceptions]
-            breaks = dict(zip(("`torch.compile`", "`torch.compile` of `vmap`"), rows[0].breaks, strict=True))
+        for promise in TRANSFORMS:
+            broken = [f"`{op.name}` is {op.exceptions[promise]}" for op in rows if promise in op.exceptions]
             remarks = broken or ([BREAK] if breaks.get(promise) else [])
             for remark in remarks:
                 if remark not in notes:
                     notes.append(remark)
             numbers = ", ".join(str(notes.index(remark) + 1) for remark in remarks)
             cells.append(("–" if broken else "✓") + (f" ({numbers})" if numbers else ""))
-        lines.append([promise, *cells])
+        lines.append([f"`{name}`", *cells])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return table + "".join(f"\n\n({i}) {note[0].upper()}{note[1:]}." for i, note in enumerate(notes, start=1))
 

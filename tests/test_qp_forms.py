@@ -452,3 +452,93 @@ def test_float32_in_float32() -> None:
         for ours, theirs in zip(gradients, expected, strict=True):
             assert ours.dtype == torch.float32
             assert (ours.double() - theirs).abs().max() <= 1e-4 * max(condition / 10, 1.0) * theirs.abs().max()
+
+
+# --- found by review ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("small", [1e-6, 1e-8, 1e-10])
+def test_a_nearly_singular_cost_without_constraints(small: float) -> None:
+    """It used to raise IndexError, and any curvature at all means that there is a minimum."""
+    c = tensor([0.6, 0.8], [-0.8, 0.6])
+    Q = torch.stack([c @ torch.diag(tensor(1, small)) @ c.mT, torch.eye(2, dtype=F64)])
+    p = torch.full((2,), 0.3, dtype=F64)
+    solution = il.solve_qp(Q, p, on_failure="ignore")
+    assert int(solution.info.status[1]) == il.Status.CONVERGED and torch.allclose(solution.z[1], -p)
+    assert int(solution.info.status[0]) != il.Status.UNBOUNDED
+    if small >= 1e-8:
+        assert torch.allclose(solution.z[0], -torch.linalg.solve(Q[0], p), rtol=1e-6)
+
+
+def test_float32_rounding_makes_nothing_unbounded() -> None:
+    """Linear programs whose cost is a combination of their rows, and least squares of any rank, have solutions."""
+    draw = normal(4)
+    G = draw(50, 3, 5).float()
+    p = -(G.mT @ draw(50, 3, 1).float().abs()).squeeze(-1)
+    solution = il.solve_qp(torch.zeros(5, 5), p, G=G, h=torch.ones(50, 3))
+    assert solution.info.converged.all()
+    with pytest.raises(il.UnboundedError):
+        il.solve_qp(torch.zeros(5, 5), p + 0.01, G=G, h=torch.ones(50, 3))
+    M, y = draw(50, 2, 4).float(), draw(50, 2, 1).float()
+    assert il.solve_qp(M.mT @ M, -(M.mT @ y).squeeze(-1)).info.converged.all()
+
+
+def test_float32_rows_that_depend_on_each_other_but_for_rounding() -> None:
+    draw = normal(5)
+    A = draw(50, 2, 5).float()
+    A = torch.cat([A, A[:, :1] + A[:, 1:], 0.3 * A[:, :1]], dim=1)
+    z = draw(50, 5).float().abs()
+    solution = il.solve_qp(torch.eye(5), draw(5).float(), A=A, b=(A @ z.unsqueeze(-1)).squeeze(-1), lb=torch.zeros(5))
+    assert solution.info.converged.all()
+
+
+def test_bounds_that_cross_by_rounding_hold_at_one_value() -> None:
+    draw = normal(6)
+    c, q = 10 * draw(50, 5).float().abs(), draw(50, 5).float().abs()
+    solution = il.solve_qp(torch.eye(5), torch.zeros(5), lb=torch.maximum(c, (c - q) + q), ub=torch.minimum(c, c))
+    assert torch.allclose(solution.z, c, rtol=1e-5)
+    assert torch.equal(il.solve_qp(tensor([1.0]), tensor(0.0), lb=tensor(1 + 2e-16), ub=tensor(1.0)).z, tensor(1.0))
+    with pytest.raises(il.InfeasibleError):
+        il.solve_qp(tensor([1.0]), tensor(0.0), lb=tensor(1 + 1e-12), ub=tensor(1.0))
+
+
+def test_failed_problems_have_zero_gradient_through_every_output() -> None:
+    Q, p = torch.eye(2, dtype=F64), torch.zeros(2, dtype=F64)
+    G = tensor([1, 0], [-1, 0]).requires_grad_()
+    h = tensor([1, 1], [-1, -1]).requires_grad_()
+    solution = il.solve_qp(Q, p, G=G, h=h, on_failure="ignore")
+    total = sum(part[1].sum() for part in (*solution[:4], *solution[5:8]))
+    for gradient in torch.autograd.grad(total, (G, h)):
+        assert gradient.eq(0).all()
+    endless = il.solve_qp(
+        torch.zeros(1, 1, dtype=F64),
+        tensor(1.0),
+        G=tensor([1.0], [1.0]),
+        h=h[0] - 1,
+        infeasible="nearest",
+        on_failure="ignore",
+    )
+    assert torch.autograd.grad(endless.shift.h.sum() + endless.s.sum(), h)[0].eq(0).all()
+
+
+def test_nearest_under_vmap() -> None:
+    def shift(h: Tensor) -> Tensor:
+        G = tensor([1.0], [-1.0])
+        solution = il.solve_qp(tensor([1.0]), tensor(0.0), G=G, h=h, infeasible="nearest", gradient="least_norm")
+        return solution.shift.h
+
+    h = tensor([1, 1], [-1, -3])
+    assert torch.allclose(torch.func.vmap(shift)(h), tensor([0, 0], [2, 2]))
+    J = torch.func.vmap(torch.func.jacrev(shift))(h)
+    assert torch.allclose(J, tensor([[0, 0], [0, 0]], [[-0.5, -0.5], [-0.5, -0.5]]), atol=1e-9)
+
+
+def test_choices_that_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="nearest"):
+        il.solve_qp(torch.eye(2), torch.ones(2), gradient="smoothed", infeasible="nearest")
+    for wrong in ({"gradient": "clever"}, {"smoothing": -1.0}, {"infeasible": "x"}, {"lb": 1.0, "ub": 0.0}):
+        with pytest.raises(ValueError):
+            il.nn.QPLayer(3, **wrong)  # type: ignore[arg-type]
+    G = tensor([1.0], [-1.0])
+    with pytest.raises(il.ConvergenceError, match="satisfies every inequality strictly"):
+        il.solve_qp(tensor([1.0]), tensor(0.0), G=G, h=tensor(0.0, 0.0), gradient="smoothed")

@@ -284,9 +284,9 @@ def test_shared_matrices_are_never_copied_for_the_batch(monkeypatch: pytest.Monk
     seen: list[tuple[int, ...]] = []
     right = il.InteriorPoint.solve
 
-    def spy(self: il.InteriorPoint, data: object, *rest: object) -> object:
+    def spy(self: il.InteriorPoint, data: object, *rest: object, **settings: object) -> object:
         seen.append((data.Q.shape[0], data.E.shape[0], data.p.shape[0]))  # type: ignore[attr-defined]
-        return right(self, data, *rest)  # type: ignore[arg-type]
+        return right(self, data, *rest, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(il.InteriorPoint, "solve", spy)
     problem = random_qp(4, 3, 1, seed=4)

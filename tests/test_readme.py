@@ -84,4 +84,5 @@ def test_each_table_has_its_place(name):
 
 
 def test_lines_of_prose_stay_readable():
-    assert len(README.splitlines()) <= 400
+    prose = [line for line in README.splitlines() if not line.startswith("|")]  # tables are made by scripts
+    assert len(prose) <= 400

@@ -17,3 +17,5 @@ from implicit_layers.nn.simplex import Softmax as Softmax
 from implicit_layers.nn.simplex import SoftTopK as SoftTopK
 from implicit_layers.nn.simplex import Sparsemax as Sparsemax
 from implicit_layers.nn.transport import Sinkhorn as Sinkhorn
+from implicit_layers.nn.vae import SemiAmortizedVAE as SemiAmortizedVAE
+from implicit_layers.nn.vae import VAELoss as VAELoss

@@ -12,8 +12,8 @@ from implicit_layers import checks, transforms
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, DtypeError, ShapeError
 from implicit_layers.qp import solve_qp
 from implicit_layers.qp.run import Gradient
-from implicit_layers.qp.solve import Infeasible
-from implicit_layers.solution import OnFailure, QPSolution, check_on_failure
+from implicit_layers.qp.solve import Infeasible, check_choices
+from implicit_layers.solution import OnFailure, QPSolution
 from implicit_layers.solvers.interior_point import InteriorPoint
 
 _LEARNABLE = ("Q", "p", "A", "b", "G", "h")
@@ -96,7 +96,7 @@ class QPLayer(nn.Module):
             raise ArgumentError(f"QPLayer: learn may hold {_LEARNABLE}, got {unknown}")
         if "Q" in self.learn or checks.number("epsilon", epsilon) != 0:
             checks.positive("epsilon", epsilon)
-        check_on_failure(on_failure)
+        check_choices(on_failure, gradient, smoothing, infeasible)
         if not isinstance(solver, (InteriorPoint, type(None))):
             raise ArgumentTypeError(f"QPLayer: solver must be an InteriorPoint, got {type(solver).__name__}")
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -126,6 +126,9 @@ class QPLayer(nn.Module):
                     raise ShapeError(f"QPLayer: {name} must be a number or have shape ({n},), got {tuple(bound.shape)}")
                 bound = bound.expand(n).clone()
             self.register_buffer(name, bound)
+        crossed = self.lb is not None and self.ub is not None and bool((self.lb > self.ub).any())
+        if crossed or any(t is not None and bool(t.isnan().any()) for t in (self.lb, self.ub)):
+            raise ArgumentError(f"QPLayer: lb must be below ub and neither NaN, got {lb=}, {ub=}")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

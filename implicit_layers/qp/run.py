@@ -6,6 +6,7 @@ single operations for the compiler.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from implicit_layers.errors import DegenerateGradientWarning, warn
 from implicit_layers.kkt import condensed, quadratic
 from implicit_layers.kkt.program import ActiveSet, Data, relative_residual
 from implicit_layers.qp.arguments import Program, refuse_values
-from implicit_layers.solution import Degeneracy, OnFailure, QPInfo, Status, report_failure
+from implicit_layers.solution import Degeneracy, OnFailure, QPInfo, SolveInfo, Status, report_failure
 from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT
 from implicit_layers.solvers.interior_point import InteriorPoint, QPResult
 
@@ -28,7 +29,10 @@ _FACTORS: dict[int, tuple[Any, tuple[int, ...]]] = {
     len(form._fields): (form, events)
     for form, events in ((quadratic.Factor, quadratic.EVENT_NDIM), (condensed.Factor, condensed.EVENT_NDIM))
 }
-_NO_INSIDE = 'gradient="smoothed" also needs a point that satisfies every inequality strictly.'
+_NO_INSIDE = (
+    'gradient="smoothed" needs a point that satisfies every inequality strictly, not by a hair: without one take '
+    'gradient="least_norm". Else raise max_iter or rescale the data.'
+)
 _ACTIVE_SET = (1, 1)  # a factor that is not one yet: active rows and fixed unknowns
 
 
@@ -107,15 +111,7 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         data = _flat(program, batch, dtype if solver.precision == "native" else torch.float64)
         if settings.elastic:
             data = data._replace(compliance=data.p.new_ones(1, 1).expand(1, data.E.shape[-2]))
-        rounding = torch.finfo(dtype).eps
-        result = solver.solve(data, batch.numel(), settings.begin)
-        if settings.synchronises and isinstance(result.factor, condensed.Factor):  # the other proves Q definite
-            Q = quadratic.convex(data.Q, batch, rounding)
-            if Q is not data.Q:
-                data = data._replace(Q=Q)
-                result = solver.solve(data, batch.numel(), settings.begin)
-        if settings.synchronises and rounding > torch.finfo(data.p.dtype).eps:
-            data, result = _despite_rounding(solver, data, batch.numel(), result, rounding)
+        data, result = _solve_despite_rounding(settings, data, batch, dtype)
         z, y, bound = (t.to(dtype) for t in (result.z, result.y, result.bound))
         residual = result.info.residual
         if dtype != result.z.dtype:  # judge what is returned, not what was rounded away
@@ -154,27 +150,86 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         what="solve_qp",
         tol=solver.tolerance(dtype),
         max_iter=solver.max_iter,
-        hint=_NO_INSIDE if settings.gradient == "smoothed" else "",
+        advice=_NO_INSIDE if settings.gradient == "smoothed" else "",
     )
     return outcome
 
 
-def _despite_rounding(
-    solver: InteriorPoint, data: Data, batch: int, result: QPResult, rounding: float
+def _solve_despite_rounding(
+    settings: Settings, data: Data, batch: torch.Size, dtype: torch.dtype
 ) -> tuple[Data, QPResult]:
-    """Solve what is infeasible only because its data were rounded before they came: nearest right-hand sides agree."""
-    infeasible = result.info.status == int(Status.INFEASIBLE)
-    if not checks.host_bool(infeasible.any()):
+    """Solve; data that were rounded before they came are solved as long as others within that rounding could be.
+
+    Returns: the data that were solved, and how.
+    """
+    solver, count, rounding = settings.solver, batch.numel(), torch.finfo(dtype).eps
+    tol = solver.tolerance(dtype)
+    result = solver.solve(data, count, settings.begin, tol=tol)
+    if not settings.synchronises:
         return data, result
-    nothing = (torch.zeros_like(data.Q), torch.zeros_like(data.p))
-    elastic = data._replace(Q=nothing[0], p=nothing[1], compliance=torch.ones_like(data.f[:1]))
-    nearest = solver.solve(elastic, batch)
-    terms = data.f.abs() + quadratic.matvec(data.E.abs(), nearest.z.abs())
-    small = infeasible & (nearest.y.abs() <= 4 * data.E.shape[-1] * rounding * terms).all(-1)
-    if not checks.host_bool(small.any()):
+    if isinstance(result.factor, condensed.Factor):  # the other proves Q definite
+        Q = quadratic.convex(data.Q, batch, rounding)
+        if Q is not data.Q:
+            data = data._replace(Q=Q)
+            result = solver.solve(data, count, settings.begin, tol=tol)
+    if rounding <= torch.finfo(data.p.dtype).eps or checks.host_bool(result.info.converged.all()):
         return data, result
-    data = data._replace(f=data.f + torch.where(small.unsqueeze(-1), nearest.y, 0.0))
-    return data, solver.solve(data, batch)
+    moved = _nearest(solver, data, count, result, rounding, tol)
+    if moved is not data:
+        data, result = moved, solver.solve(moved, count, tol=tol)
+    if checks.host_bool(result.info.converged.all()):
+        return data, result
+    coarse = replace(solver, precision="native", form="auto").solve(data.to(dtype), count)
+    return data, _merged(data, result, coarse)
+
+
+def _nearest(solver: InteriorPoint, data: Data, batch: int, result: QPResult, rounding: float, tol: float) -> Data:
+    """Move right-hand sides and costs that have no solution to the nearest that have, where that is only rounding."""
+    Q, p, E, f, lb, ub, n_eq, _ = data
+    status = result.info.status
+    infeasible, unbounded = status == int(Status.INFEASIBLE), status == int(Status.UNBOUNDED)
+    if checks.host_bool(infeasible.any()):
+        elastic = data._replace(Q=torch.zeros_like(Q), p=torch.zeros_like(p), compliance=torch.ones_like(f[:1]))
+        nearest = solver.solve(elastic, batch, tol=tol)
+        terms = f.abs() + quadratic.matvec(E.abs(), nearest.z.abs())
+        small = infeasible & (nearest.y.abs() <= 4 * E.shape[-2] * rounding * terms).all(-1)
+        if checks.host_bool(small.any()):
+            data = data._replace(f=f + torch.where(small.unsqueeze(-1), nearest.y, 0.0))
+    if checks.host_bool(unbounded.any()):  # −p onto the directions without end: what is left of p has none
+        size = max(Q.shape[0], E.shape[0])
+        rows = torch.cat([part.expand(size, -1, -1) for part in (E[:, :n_eq], Q, E[:, n_eq:])], dim=-2)
+        sides = torch.where(torch.isfinite(f[:, n_eq:]), 0.0, torch.inf)
+        sides = torch.cat([sides.new_zeros(sides.shape[0], n_eq + Q.shape[-1]), sides], dim=-1)
+        below = None if lb is None else torch.where(torch.isfinite(lb), 0.0, -torch.inf)
+        above = None if ub is None else torch.where(torch.isfinite(ub), 0.0, torch.inf)
+        eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).unsqueeze(0)
+        end = solver.solve(Data(eye, p, rows, sides, below, above, n_eq + Q.shape[-1]), batch, tol=tol)
+        small = unbounded & (quadratic.largest(end.z) <= 4 * Q.shape[-1] * rounding * quadratic.largest(p))
+        if checks.host_bool(small.any()):
+            data = data._replace(p=p + torch.where(small.unsqueeze(-1), end.z, 0.0))
+    return data
+
+
+def _merged(data: Data, result: QPResult, coarse: QPResult) -> QPResult:
+    """Take what failed from a coarser result, where that did not."""
+    better = coarse.info.converged & result.info.converged.logical_not()
+
+    def merge(fine: Tensor, coarse: Tensor) -> Tensor:
+        where = better if fine.ndim == 1 else better.unsqueeze(-1)
+        return torch.where(where, coarse.to(fine.dtype), fine)
+
+    z, y, bound, active, fixed = (merge(a, b) for a, b in zip(result[:5], coarse[:5], strict=True))
+    return QPResult(
+        z,
+        y,
+        bound,
+        active,
+        fixed,
+        condensed.factorise(data, active, fixed),
+        merge(result.degenerate, coarse.degenerate),
+        merge(result.condition, coarse.condition),
+        SolveInfo(*(merge(a, b) for a, b in zip(result.info, coarse.info, strict=True))),
+    )
 
 
 def _derivative_at(
@@ -241,6 +296,11 @@ def _flat(program: Program, batch: torch.Size, dtype: torch.dtype) -> Data:
         quadratic.unexpand(t, k, batch).to(dtype) for t, k in ((Q, 2), (p, 1), (A, 2), (b, 1), (G, 2), (h, 1))
     )
     lower, upper = (None if t is None else quadratic.unexpand(t, 1, batch).to(dtype) for t in (lb, ub))
+    if lower is not None and upper is not None:  # bounds that cross by rounding only hold at one value
+        near = 4 * torch.finfo(program.p.dtype).eps * torch.maximum(lower.abs(), upper.abs())
+        crossed = (lower > upper) & (lower - upper <= near)
+        middle = 0.5 * (lower + upper)
+        lower, upper = torch.where(crossed, middle, lower), torch.where(crossed, middle, upper)
     f = stack_rows(b.unsqueeze(-1), h.unsqueeze(-1)).squeeze(-1)
     return Data(quadratic.symmetric(Q), p, stack_rows(A, G), f, lower, upper, b.shape[-1])
 
@@ -276,8 +336,8 @@ def _warn_of_degeneracy(degenerate: Tensor) -> bool:
 
 _DEGENERATE = {
     Degeneracy.DEPENDENT: (
-        "active constraints that depend on each other, so that duals and derivatives are not unique; those of least "
-        "norm are used. Remove duplicated or redundant rows"
+        "active constraints that depend on each other, so that duals and derivatives are not unique; the derivative "
+        "of least norm is used. Remove duplicated or redundant rows"
     ),
     Degeneracy.WEAK: (
         "a constraint that is only just active (its dual and its slack are both zero), where the solution has a kink; "

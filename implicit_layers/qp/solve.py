@@ -72,7 +72,8 @@ def solve_qp(
     Returns:  QPSolution(z, nu, lam, s, info, lam_lb, lam_ub, value, shift), in the dtype and on the device of the data;
               s = h − Gz. `info` has one entry a problem: status, converged, iterations, residual, degenerate (flags
               that say why the derivative is not unique, see `Degeneracy`), condition (of the derivative's system).
-              Where the minimiser is not unique, z is the one of least Euclidean norm.
+              Where the minimiser is not unique, z is the one of least Euclidean norm (with `check_every=0` any). Where
+              duals are not unique, they are some, inside the set of all rather than at its edge.
     Gradient: of z, nu, lam, s, lam_lb, lam_ub, value with respect to Q, p, A, b, G, h, lb, ub: one batched solve with
               the transposed KKT matrix on the active constraints, reusing the factor of the forward pass; any order,
               forward and reverse mode ("smoothed": first order). That of `value` is the Lagrangian's and takes no
@@ -95,12 +96,7 @@ def solve_qp(
     >>> solution.z, solution.lam_ub
     (tensor([1., 3.]), tensor([0., 1.]))
     """
-    check_on_failure(on_failure)
-    if gradient not in _GRADIENTS:
-        raise ArgumentError(f"gradient must be one of {_GRADIENTS}, got {gradient!r}")
-    if infeasible not in _INFEASIBLE:
-        raise ArgumentError(f"infeasible must be one of {_INFEASIBLE}, got {infeasible!r}")
-    checks.positive("smoothing", smoothing)
+    check_choices(on_failure, gradient, smoothing, infeasible)
     solver = InteriorPoint() if solver is None else solver
     if not isinstance(solver, InteriorPoint):
         raise ArgumentTypeError(f"solve_qp: solver must be an InteriorPoint, got {type(solver).__name__}")
@@ -114,6 +110,21 @@ def solve_qp(
     if torch.compiler.is_compiling() and whole:
         return _solution(differentiable(settings, program), program, None)
     return _solve_eagerly(settings, program)
+
+
+def check_choices(on_failure: str, gradient: str, smoothing: float, infeasible: str) -> None:
+    """Refuse settings that are none, or that do not go together."""
+    check_on_failure(on_failure)
+    if gradient not in _GRADIENTS:
+        raise ArgumentError(f"gradient must be one of {_GRADIENTS}, got {gradient!r}")
+    if infeasible not in _INFEASIBLE:
+        raise ArgumentError(f"infeasible must be one of {_INFEASIBLE}, got {infeasible!r}")
+    if gradient == "smoothed" and infeasible == "nearest":
+        raise ArgumentError(
+            'gradient="smoothed" needs points inside the constraints, and the nearest feasible program has none; with '
+            'infeasible="nearest" take gradient="exact" or "least_norm"'
+        )
+    checks.positive("smoothing", smoothing)
 
 
 @uncompiled
@@ -132,14 +143,16 @@ def _solve_nearest(settings: Settings, program: Program) -> QPSolution:
     with torch.no_grad():
         first = differentiable(settings._replace(on_failure="ignore", gradient="least_norm"), _detached(program))
     impossible = first.status == int(Status.INFEASIBLE)
-    if not checks.host_bool(impossible.any()):
+    if "Vmap" not in transforms_at_work() and not checks.host_bool(impossible.any()):  # under vmap nobody may ask
         return _solution(differentiable(settings, program), program, None)
     elastic = settings._replace(on_failure="ignore", gradient="least_norm", elastic=True)
     nearest = differentiable(elastic, program._replace(Q=torch.zeros_like(program.Q), p=torch.zeros_like(program.p)))
     where = impossible.unsqueeze(-1)
     shift = QPShift(torch.where(where, nearest.nu, 0.0), torch.where(where, nearest.lam, 0.0))
     moved = program._replace(b=program.b + shift.b, h=program.h + shift.h)
-    return _solution(differentiable(settings, moved), moved, shift)
+    outcome = differentiable(settings, moved)
+    good = outcome.converged.unsqueeze(-1)
+    return _solution(outcome, moved, QPShift(*(torch.where(good, part, part.detach()) for part in shift)))
 
 
 def _active_set(solution: QPSolution, program: Program, solver: InteriorPoint) -> ActiveSet | None:
@@ -171,11 +184,15 @@ def _solution(outcome: Outcome, program: Program, shift: QPShift | None) -> QPSo
     """Put together what the caller gets."""
     z, nu, lam, bound = outcome[:4]
     held = bound if bound.shape[-1] else z.new_zeros(1).expand(z.shape)
+    good = outcome.converged.unsqueeze(-1)
+    with torch.no_grad():
+        last = program.h - quadratic.matvec(program.G, z)
+    s = torch.where(good, program.h - quadratic.matvec(program.G, torch.where(good, z, 0.0)), last)
     return QPSolution(
         z,
         nu,
         lam,
-        program.h - quadratic.matvec(program.G, z),
+        s,
         outcome.info,
         torch.where(held < 0, -held, 0.0),
         torch.where(held > 0, held, 0.0),

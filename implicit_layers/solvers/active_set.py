@@ -95,7 +95,7 @@ def solve_on(
     _, _, E, f, n_eq, reduced = program
     if ridge:  # next to the duals at hand; without a ridge there is one answer, and zero data must give exact zeros
         factor = quadratic.factorise_with_ridge(reduced, active, RIDGE)
-        independent = torch.ones_like(active[:, 0], dtype=torch.bool)
+        independent = torch.ones(active.shape[0], dtype=torch.bool, device=active.device)
         start = active * y / reduced.scale
         right = reduced.violation - quadratic.matvec(reduced.schur, start)
         dual = start + quadratic.schur_solve(factor, right)
@@ -256,7 +256,7 @@ def _contradict(program: Program, y: Tensor) -> Tensor:  # -> (k,) bool
     dual = _unit(torch.nan_to_num(y) / reduced.scale)
     support = (~inequality | (dual > 1e-6)).to(dual.dtype)
     factor = quadratic.factorise_with_ridge(reduced, support, RIDGE)
-    proven = torch.zeros_like(dual[:, 0], dtype=torch.bool)
+    proven = torch.zeros_like(dual.sum(-1), dtype=torch.bool)
     for _ in range(3):
         pulled = quadratic.transposed_matvec(program.E, reduced.scale * dual)
         length = torch.linalg.vector_norm(quadratic.triangular_solve(reduced.chol_q, pulled), dim=-1)

@@ -95,7 +95,7 @@ def _recession(data: Data, batch: int, settings: Settings) -> Tensor:  # -> (N,)
     below = torch.where(original.has_lb | original.pinned, (-d).clamp(min=0.0), 0.0)
     above = torch.where(original.has_ub | original.pinned, d.clamp(min=0.0), 0.0)
     curved = quadratic.matvec(original.Q, d)
-    off = torch.stack([quadratic.largest(t) for t in torch.broadcast_tensors(below, above, curved)]).amax(0)
-    off = torch.maximum(off, quadratic.largest(outside))
+    off = torch.maximum(quadratic.largest(torch.maximum(below, above).expand_as(d)), quadratic.largest(outside))
+    flat = quadratic.largest(curved) <= 64 * n * torch.finfo(d.dtype).eps * length  # any curvature ends the descent
     descends = slope < -_DESCENT * torch.linalg.vector_norm(original.p, dim=-1) * length
-    return (length > 0) & torch.isfinite(length) & descends & (off <= _CONE * length)
+    return (length > 0) & torch.isfinite(length) & descends & flat & (off <= _CONE * length)

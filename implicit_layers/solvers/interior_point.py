@@ -9,7 +9,7 @@ follow a central path only to find what is active; the answer is a verified solv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -55,8 +55,8 @@ class InteriorPoint:
     Programs with equalities only, or without constraints, are one linear solve and no iteration.
 
     Args:
-        tol: largest relative KKT residual of an accepted answer, by default 1e-8, and 1e-5 for what is solved in
-            float32; answers usually are at rounding, far below it.
+        tol: largest relative KKT residual of an accepted answer, by default 1e-8 for float64 data, 2e-6 for float32
+            data, and 1e-5 for what is solved in float32; answers usually are at rounding, far below it.
         max_iter: cap on the interior-point iterations.
         check_every: ask the host every so many iterations which programs have converged. 0: never, no host
             synchronisation at all: all max_iter iterations and a fixed number of active-set rounds, the condensed
@@ -88,17 +88,22 @@ class InteriorPoint:
             raise ArgumentError("form='dual' asks the host how far it is; with check_every=0 use form='condensed'")
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Give the tolerance for data of a dtype."""
+        """Give the tolerance for data of a dtype: no smaller than what their own rounding leaves of a residual."""
         if self.tol is not None:
             return self.tol
-        return 1e-5 if dtype == torch.float32 and self.precision == "native" else 1e-8
+        if dtype == torch.float64:
+            return 1e-8
+        return 1e-5 if self.precision == "native" else 2e-6
 
     @torch.no_grad()
-    def solve(self, data: Data, batch: int, begin: ActiveSet | None = None) -> QPResult:
+    def solve(self, data: Data, batch: int, begin: ActiveSet | None = None, *, tol: float | None = None) -> QPResult:
         """Solve a batch of programs; no data are refused here, Q is taken as symmetric.
 
         `begin`: an active set to try first; what it does not settle is solved from nothing. Not with check_every=0.
+        `tol`: by default that of the dtype of `data`.
         """
+        if tol is not None:
+            self = replace(self, tol=tol)
         if self.precision == "mixed":
             data = data.to(torch.float64)
         if self.check_every and data.p.dtype == torch.float64 and self.form != "condensed":

@@ -128,7 +128,8 @@ def perturbed_argmax(
               mean of the other draws is subtracted from each first, which takes away variance and adds no bias. Higher
               orders are unbiased too, and noisier. Each estimate has its own error: it is not the derivative of the
               returned sample mean, so finite differences agree with it only up to that error.
-    Raises:   ArgumentError, ArgumentTypeError: a setting is out of its range.  NonFiniteError: x, or an answer, is not finite.
+    Raises:   ArgumentError, ArgumentTypeError: a setting is out of its range.
+              NonFiniteError: x, or an answer, is not finite.
               ShapeError, DtypeError: the solver's answer does not have the shape of its input, or no number.
     Cost:     one call of the solver; O(samples · n) memory.
     Source:   Berthet et al. (2020), Learning with differentiable perturbed optimizers, arXiv:2002.08676.
@@ -260,7 +261,8 @@ def spo_plus_loss(
     Returns:  the loss, in the dtype of `predicted`.
     Gradient: to `predicted` the subgradient 2(w(c) − w(2ĉ − c)), to `true` w(2ĉ − c) − w(c). The loss is piecewise
               linear, so second derivatives are zero.
-    Raises:   ArgumentError, ArgumentTypeError: a setting is out of its range.  NonFiniteError: costs or answers are not finite.
+    Raises:   ArgumentError, ArgumentTypeError: a setting is out of its range.
+              NonFiniteError: costs or answers are not finite.
               ShapeError, DtypeError: arguments or the solver's answer do not fit each other.
     Cost:     two calls of the solver, one if `solution` is given; O(n) memory.
     Source:   Elmachtoub & Grigas (2022), Smart "predict, then optimize", arXiv:1710.08005.

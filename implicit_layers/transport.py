@@ -26,7 +26,6 @@ from implicit_layers.legacy_vmap import modernised
 from implicit_layers.solution import OnFailure, Solution, SolveInfo, Status, check_on_failure, report_failure
 from implicit_layers.solvers.scaling import Scaling
 
-
 _SAME = 1e-6  # relative difference of sums that is taken for rounding: of a float32 softmax, say
 
 
@@ -50,8 +49,8 @@ def sinkhorn(
     Args:
         C: costs; +inf forbids an entry, which gets P = 0 and gradient 0.
         a, b: the marginals, (*B, n) and (*B, m), never negative, of the same sum. Rows and columns of zero mass get
-            zeros. Sums that differ by no more than 1e-6 relative, or by rounding of their dtype, count as the same: b is
-            scaled to the mass of a. Sums farther apart are refused: such a problem has no plan.
+            zeros. Sums that differ by no more than 1e-6 relative, or by rounding of their dtype, count as the same: b
+            is scaled to the mass of a. Sums farther apart are refused: such a problem has no plan.
         temperature: ε > 0, in the unit of the costs: a number, or a tensor that broadcasts with `C` and has size 1 in
             the last two axes. A tensor is differentiated.
         tol: error of the marginals, Σ|P1 − a| + Σ|Pᵀ1 − b| over Σa.

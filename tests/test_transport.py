@@ -210,7 +210,9 @@ def test_different_sums_are_refused():
     C, a, b = data(17, batch=(3,))
     b = b.clone()
     b[1] *= 1.01
-    with pytest.raises(ValueError, match=r"different sums, 1 of a\[1\] and 1.01 of b\[1\], 0.01 apart .*\(1 of 3 problems\)"):
+    with pytest.raises(
+        ValueError, match=r"different sums, 1 of a\[1\] and 1.01 of b\[1\], 0.01 apart .*\(1 of 3 problems\)"
+    ):
         il.sinkhorn(C, a, b)
     il.sinkhorn(C.float(), a.float(), (1.01 * a.float()).sum(-1, keepdim=True) / 1.01 / 5 * torch.ones(5))  # rounding
 

@@ -22,11 +22,10 @@ from implicit_layers.projections.door import enforce, finite, kept_within
 from implicit_layers.solution import OnFailure, SolveInfo, Status, check_on_failure, report_failure
 from implicit_layers.solvers.semismooth_newton import SemismoothNewton
 
-
 _OFF = 1e-6  # the most that a row or column sum may be off by
 _TOO_LARGE = (
-    "The entries of X are so large beside 1 that float64 cannot resolve sums of 1 among their differences; scale X down "
-    "(a temperature), or take a linear assignment, which is what the projection of so large an X is."
+    "The entries of X are so large beside 1 that float64 cannot resolve sums of 1 among their differences; scale X "
+    "down (a temperature), or take a linear assignment, which is what the projection of so large an X is."
 )
 
 
@@ -48,7 +47,8 @@ def birkhoff(
     Gradient: with Z the indicator of Y > 0 and G the incoming gradient, Z∘(G − a1ᵀ − 1bᵀ), where a, b make its row and
               column sums zero. Where Z changes, this is one generalised Jacobian (an entry that has just become zero
               does not count as positive). Any order.
-    Raises:   ConvergenceError: the sums stayed farther from 1 than the tolerance, or than 1e-6 by rounding (large X).  NonFiniteError: X is not finite.
+    Raises:   ConvergenceError: the sums stayed farther from 1 than the tolerance, or than 1e-6 by
+              rounding, which is where X is very large.  NonFiniteError: X is not finite.
               DtypeError, ShapeError: X is no tensor of square matrices.
     Cost:     O(n³) time an iteration, 10 to 30 of them; O(n²) memory.
     Source:   Li, Sun & Toh (2020), On the efficient computation of a generalized Jacobian of the projector over the

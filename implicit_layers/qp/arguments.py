@@ -134,4 +134,3 @@ def refuse_values(tensors: Mapping[str, Tensor]) -> None:
                 f"{name}{checks.index_of(bad)} is {float(tensor[bad][0])}: {int(bad.sum())} of {bad.numel()} entries "
                 f"of {name} are NaN or {wrong}, which no point satisfies; {-wrong} means that there is no constraint"
             )
-

@@ -52,7 +52,7 @@ def _lowered(theta: Tensor, E: Tensor, ub: Tensor, inequality: Tensor) -> tuple[
 
     Next to a vertex of the simplex θ − Eᵀη would cancel all digits otherwise. Returns the scores and the dual's change.
     """
-    level = (E == E[..., :1]).all(-1) & (E[..., 0] != 0) & ~inequality
+    level = (E[..., :1] == E).all(-1) & (E[..., 0] != 0) & ~inequality
     first = level & (level.cumsum(-1) == 1)
     top = torch.where(ub > 0, theta, -torch.inf).amax(-1, keepdim=True)
     top = torch.where(level.any(-1, keepdim=True) & torch.isfinite(top), top, 0.0)

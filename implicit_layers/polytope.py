@@ -202,7 +202,8 @@ def _suspicion(x: Tensor, f: Tensor, theta: Tensor, settings: _Settings) -> str:
     if largest > _LARGE * (1 + float(f.abs().sum())):
         return (
             f"x has reached {largest:.1e}, far beyond the right-hand sides: without its entropy the program is "
-            "probably unbounded, and A x = b cannot be met to rounding at so large an x; raise the temperature or give ub."
+            "probably unbounded, and A x = b cannot be met to rounding at so large an x; "
+            "raise the temperature or give ub."
         )
     scores = float(theta.abs().amax())
     if scores * torch.finfo(torch.float64).eps > 0.1 * settings.solver.tol:

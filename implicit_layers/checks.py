@@ -157,6 +157,15 @@ def floating_tensors(**tensors: object) -> tuple[torch.dtype, torch.device]:
     return dtype, device
 
 
+def without_autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In an autocast region, take half-precision arguments to float32, as autocast does for such operations."""
+    device = next((t.device.type for t in tensors.values() if isinstance(t, Tensor)), "cpu")
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    half = (torch.float16, torch.bfloat16)
+    return {name: t.float() if isinstance(t, Tensor) and t.dtype in half else t for name, t in tensors.items()}
+
+
 def finite(**tensors: Tensor) -> None:
     """No argument holds NaN or infinity; one host synchronisation for all of them together.
 

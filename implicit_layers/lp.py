@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
-from implicit_layers.errors import ArgumentError, ArgumentTypeError, DtypeError, ShapeError
+from implicit_layers.errors import ArgumentError, ArgumentTypeError, DtypeError, NonFiniteError, ShapeError
 from implicit_layers.opaque import opaque
 from implicit_layers.projections.door import HALF, enforce, finite, positive, rows
 from implicit_layers.qp import solve_qp
@@ -41,8 +41,8 @@ def smoothed_lp(
     b: Tensor | None = None,  # (*B, n_eq)
     G: Tensor | None = None,  # (*B, n_ineq, n)
     h: Tensor | None = None,  # (*B, n_ineq)
-    lb: Tensor | None = None,  # (*B, n)
-    ub: Tensor | None = None,  # (*B, n)
+    lb: Tensor | float | None = None,  # (*B, n)
+    ub: Tensor | float | None = None,  # (*B, n)
     temperature: Tensor | float = 1.0,
     solver: InteriorPoint | None = None,
     on_failure: OnFailure = "raise",
@@ -56,7 +56,7 @@ def smoothed_lp(
         c: (*B, n) scores to MAXIMISE; for costs pass −c.
         A, b: (*B, n_eq, n) and (*B, n_eq), together or not at all.
         G, h: (*B, n_ineq, n) and (*B, n_ineq), together or not at all.
-        lb, ub: (*B, n) bounds, each may be left out; infinite where there is none.
+        lb, ub: (*B, n) bounds, each may be left out; infinite where there is none; a number bounds all entries.
         temperature: τ > 0: a number, or a tensor that broadcasts with `c` and has size 1 in the last axis. The value
             lost against the plain program is at most τ/2 (‖y_LP‖² − ‖y*‖²). For a bounded polytope a small enough τ
             gives a solution of the plain program exactly, and its zero gradient with it: keep τ in the size of the
@@ -78,6 +78,7 @@ def smoothed_lp(
         raise ShapeError("c must have shape (*B, n), got a 0-d tensor")
     tau = points.parameter("temperature", temperature)
     enforce(positive("temperature", tau))
+    lb, ub = (_bound(name, x, points.x) for name, x in (("lb", lb), ("ub", ub)))
     Q = torch.eye(c.shape[-1], dtype=points.x.dtype, device=c.device)
     if c.dtype in HALF:
         A, b, G, h, lb, ub = (
@@ -85,6 +86,13 @@ def smoothed_lp(
         )
     solution = solve_qp(Q, -points.x / tau, A=A, b=b, G=G, h=h, lb=lb, ub=ub, solver=solver, on_failure=on_failure)
     return Solution(solution.z.to(c.dtype), SolveInfo(*solution.info[:4]))
+
+
+def _bound(name: str, value: Tensor | float | None, x: Tensor) -> Tensor | None:
+    """A bound as a tensor; a number bounds all entries."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    return torch.full(x.shape[-1:], checks.number(name, value), dtype=x.dtype, device=x.device)
 
 
 def perturbed_argmax(
@@ -120,7 +128,8 @@ def perturbed_argmax(
               mean of the other draws is subtracted from each first, which takes away variance and adds no bias. Higher
               orders are unbiased too, and noisier. Each estimate has its own error: it is not the derivative of the
               returned sample mean, so finite differences agree with it only up to that error.
-    Raises:   ArgumentError, ArgumentTypeError: a setting is out of its range.  NonFiniteError: x is not finite.
+    Raises:   ArgumentError, ArgumentTypeError: a setting is out of its range.
+              NonFiniteError: x, or an answer, is not finite.
               ShapeError, DtypeError: the solver's answer does not have the shape of its input, or no number.
     Cost:     one call of the solver; O(samples · n) memory.
     Source:   Berthet et al. (2020), Learning with differentiable perturbed optimizers, arXiv:2002.08676.
@@ -214,6 +223,12 @@ def _answer(solver: Callable[[Tensor], Tensor], scores: Tensor) -> Tensor:
         raise DtypeError(f"the solver must return a torch.Tensor, got {type(y).__name__}")
     if y.shape != scores.shape:
         raise ShapeError(f"the solver must keep the shape {tuple(scores.shape)} of its input, got {tuple(y.shape)}")
+    bad = ~torch.isfinite(y)
+    if checks.host_bool(bad.any()):
+        raise NonFiniteError(
+            f"the solver's answer{checks.index_of(bad)} is {float(y[bad][0])}: {int(bad.sum())} of {bad.numel()} "
+            "entries are not finite; a mean or a gradient of it would be none"
+        )
     return y.detach().to(scores)
 
 
@@ -246,7 +261,8 @@ def spo_plus_loss(
     Returns:  the loss, in the dtype of `predicted`.
     Gradient: to `predicted` the subgradient 2(w(c) − w(2ĉ − c)), to `true` w(2ĉ − c) − w(c). The loss is piecewise
               linear, so second derivatives are zero.
-    Raises:   ArgumentError, ArgumentTypeError: a setting is out of its range.  NonFiniteError: costs are not finite.
+    Raises:   ArgumentError, ArgumentTypeError: a setting is out of its range.
+              NonFiniteError: costs or answers are not finite.
               ShapeError, DtypeError: arguments or the solver's answer do not fit each other.
     Cost:     two calls of the solver, one if `solution` is given; O(n) memory.
     Source:   Elmachtoub & Grigas (2022), Smart "predict, then optimize", arXiv:1710.08005.

@@ -31,6 +31,7 @@ from implicit_layers.solvers.dual_newton import DualNewton
 
 Slack = Literal["hard", "entropic"]
 SLACKS = get_args(Slack)
+_LARGE = 1e4  # x this many times larger than 1 + |b| + |h| is suspected to run off
 
 
 def entropic_lp(
@@ -68,7 +69,9 @@ def entropic_lp(
             "entropic": it counts as a further variable with the same entropy, H(h − G x) + H(u − x). The solution is
             smooth in all data and has slack in every row, so it is pushed away from the bounds: for 0 ≤ x ≤ u it is
             Fermi–Dirac, x = u·sigmoid((c − Aᵀy − Gᵀz)/τ), and not min(exp(…), u).
-        tol: relative residual of the constraints, row by row; iterations go on below it while they still gain.
+        tol: relative residual of the constraints, row by row; iterations go on below it while they still gain. A row
+            of largest entry one must also be met to max(tol, 1e-8)(1 + |b|), however large its terms: where x runs off
+            (the program without entropy is unbounded, τ is small) rounding alone breaks it, and that is a failure.
         max_iter: cap on the factorisations.
         on_failure: "raise", or "warn" / "ignore": problems that fail keep their last iterate, get zero gradient and
             are marked in `info`; their neighbours are untouched. Data that are refused raise in any case.
@@ -127,6 +130,8 @@ def _at_the_door(
             raise ShapeError(f"entropic_lp: {given} was given without {missing}; they come together")
     optional = {"A": A, "b": b, "G": G, "h": h, "ub": ub if isinstance(ub, Tensor) else None}
     tensors = {"c": c} | {name: tensor for name, tensor in optional.items() if tensor is not None}
+    tensors = checks.without_autocast(tensors)
+    c, ub = tensors["c"], tensors.get("ub", ub)
     dtype, device = checks.floating_tensors(**tensors)
     if device.type == "meta" and type(c) in (Tensor, torch.nn.Parameter):
         raise DeviceError("entropic_lp: the arguments are on the meta device, which holds no numbers to solve with")
@@ -185,6 +190,30 @@ def _check_bounds(u: Tensor) -> None:
         )
 
 
+def _suspicion(x: Tensor, f: Tensor, theta: Tensor, settings: _Settings) -> str:  # (n,), (m,), (n,)
+    """What the last iterate of a problem that failed tells of the reason."""
+    dtype = settings.dtype
+    largest = float(x.nan_to_num(torch.inf, torch.inf).amax())
+    if largest > torch.finfo(dtype).max:
+        return (
+            f"x overflows {dtype}: an entry is about exp(c/temperature - 1) = {largest:.1e} where nothing bounds it; "
+            "raise the temperature, or bound x with rows or ub."
+        )
+    if largest > _LARGE * (1 + float(f.abs().sum())):
+        return (
+            f"x has reached {largest:.1e}, far beyond the right-hand sides: without its entropy the program is "
+            "probably unbounded, and A x = b cannot be met to rounding at so large an x; "
+            "raise the temperature or give ub."
+        )
+    scores = float(theta.abs().amax())
+    if scores * torch.finfo(torch.float64).eps > 0.1 * settings.solver.tol:
+        return (
+            f"c/temperature has entries of {scores:.1e}, next to which float64 cannot resolve log x to tol; raise the "
+            "temperature or tol."
+        )
+    return ""
+
+
 class _Settings(NamedTuple):
     """What a solve needs besides tensors."""
 
@@ -211,10 +240,16 @@ class _EntropicLP(torch.autograd.Function):
         dual, null = dual_start.solve(*flat, settings.n_eq, entropic=settings.entropic, solver=solver)
         representable = torch.isfinite(dual.x.to(settings.dtype)).all(-1)
         converged = (dual.status == int(Status.CONVERGED)) & representable
+        dual = dual._replace(residual=torch.where(representable, dual.residual, torch.inf))
         lost = (dual.status == int(Status.CONVERGED)) & ~representable
         status = torch.where(lost, int(Status.NOT_CONVERGED), dual.status).to(torch.int8)
         info = SolveInfo(*(t.reshape(batch) for t in (status, converged, dual.iterations, dual.residual)))
-        report_failure(info, settings.on_failure, what="entropic_lp", tol=solver.tol, max_iter=solver.max_iter)
+        hint = ""
+        if settings.on_failure != "ignore" and not checks.host_bool(converged.all()):
+            hint = _suspicion(dual.x[~converged][0], flat[2][~converged][0], flat[0][~converged][0], settings)
+        report_failure(
+            info, settings.on_failure, what="entropic_lp", tol=solver.tol, max_iter=solver.max_iter, hint=hint
+        )
         return (
             dual.x.reshape(*batch, n).clone(),
             dual.eta.reshape(*batch, m).clone(),

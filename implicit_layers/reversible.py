@@ -39,9 +39,12 @@ def heavy_ball(call: Call, steps: int, momentum: float, z: Tensor, *theta: Tenso
 def heavy_ball_from(
     call: Call, steps: int, momentum: float, z: Tensor, v: Tensor | None, *theta: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """`steps` steps from a position and a velocity; None is zero. Without momentum there is no velocity to keep."""
-    for _ in range(steps):
-        following = call(z, *theta)
+    """`steps` steps from a position and a velocity; None is zero. Without momentum there is no velocity to keep.
+
+    A step may work in place: what it gets is a copy where its argument is needed again.
+    """
+    for k in range(steps):
+        following = call(z.clone() if k == 0 or momentum != 0.0 else z, *theta)
         if momentum == 0.0:
             z = following
             continue

@@ -26,6 +26,8 @@ from implicit_layers.legacy_vmap import modernised
 from implicit_layers.solution import OnFailure, Solution, SolveInfo, Status, check_on_failure, report_failure
 from implicit_layers.solvers.scaling import Scaling
 
+_SAME = 1e-6  # relative difference of sums that is taken for rounding: of a float32 softmax, say
+
 
 def sinkhorn(
     C: Tensor,  # (*B, n, m)
@@ -47,7 +49,8 @@ def sinkhorn(
     Args:
         C: costs; +inf forbids an entry, which gets P = 0 and gradient 0.
         a, b: the marginals, (*B, n) and (*B, m), never negative, of the same sum. Rows and columns of zero mass get
-            zeros. Sums that differ by more than rounding are refused: such a problem has no plan.
+            zeros. Sums that differ by no more than 1e-6 relative, or by rounding of their dtype, count as the same: b
+            is scaled to the mass of a. Sums farther apart are refused: such a problem has no plan.
         temperature: ε > 0, in the unit of the costs: a number, or a tensor that broadcasts with `C` and has size 1 in
             the last two axes. A tensor is differentiated.
         tol: error of the marginals, Σ|P1 − a| + Σ|Pᵀ1 − b| over Σa.
@@ -81,6 +84,7 @@ def sinkhorn(
     check_on_failure(on_failure)
     checks.positive("tol", tol)
     checks.whole("max_iter", max_iter, least=1)
+    C, a, b = checks.without_autocast({"C": C, "a": a, "b": b}).values()
     dtype, device = checks.floating_tensors(C=C, a=a, b=b)
     if device.type == "meta" and type(C) in (Tensor, torch.nn.Parameter):
         raise DeviceError("sinkhorn: the arguments are on the meta device, which holds no numbers to solve with")
@@ -129,7 +133,7 @@ def _check_marginals(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
     a, b = a.detach().double(), b.detach().double()
     mass, other = torch.broadcast_tensors(a.sum(-1), b.sum(-1))
     size = max(a.shape[-1], b.shape[-1])
-    allowed = 64 * size**0.5 * torch.finfo(dtype).eps
+    allowed = max(64 * size**0.5 * torch.finfo(dtype).eps, _SAME)
     apart = (mass - other).abs() > allowed * torch.maximum(mass.abs(), other.abs())
     if checks.host_bool((a >= 0).all() & (b >= 0).all() & ~apart.any()):
         return
@@ -140,10 +144,12 @@ def _check_marginals(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
                 f"{name}{checks.index_of(bad)} is {float(marginal[bad][0])}; a marginal is a mass, never negative"
             )
     where = checks.index_of(apart)
+    one, two = float(mass[apart][0]), float(other[apart][0])
     raise ArgumentError(
-        f"sinkhorn: the marginals have different sums, {float(mass[apart][0]):.6g} of a{where} and "
-        f"{float(other[apart][0]):.6g} of b{where} ({int(apart.sum())} of {apart.numel()} problems), so no plan has "
-        "both. Normalise them: b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))"
+        f"sinkhorn: the marginals have different sums, {one:.12g} of a{where} and {two:.12g} of b{where}, "
+        f"{abs(one - two):.3g} apart where {allowed * max(abs(one), abs(two)):.3g} is allowed for rounding "
+        f"({int(apart.sum())} of {apart.numel()} problems), so no plan has both. "
+        "Normalise them: b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))"
     )
 
 

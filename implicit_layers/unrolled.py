@@ -20,7 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from implicit_layers import checks
 from implicit_layers.door import enter
 from implicit_layers.eager import uncompiled
-from implicit_layers.errors import ArgumentError, NotPositiveDefiniteError, ShapeError
+from implicit_layers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DeviceError,
+    DtypeError,
+    NotPositiveDefiniteError,
+    ShapeError,
+)
 from implicit_layers.reversible import heavy_ball_from, reversible
 
 UnrollMode = Literal["full", "truncated", "checkpointed", "reversible"]
@@ -44,7 +51,7 @@ def unroll(
               heavy-ball gradient descent, v ← μ v − α ∇g(z).
 
     Args:
-        step: f, called as `step(z, *theta)`; returns a tensor shaped like z.
+        step: f, called as `step(z, *theta)`; returns a tensor of the shape and dtype of z. It may work in place on z.
         z0: the initial point z_0.
         theta: the tensors that f depends on.
         steps: K ≥ 0.
@@ -71,7 +78,8 @@ def unroll(
     Raises:
         ValueError: an unknown mode, a negative number of steps, a momentum outside [0, 1), or a `last` outside
             0 … steps or for another mode.
-        ShapeError: the step changes the shape of z.
+        TypeError: steps or last is no int.
+        ShapeError, DtypeError, DeviceError: the step changes the shape, dtype or device of z, or it or z0 is no tensor.
         CapturedTensorError: "reversible": the step depends on a tensor that requires grad and is not an argument.
         NonFiniteError: "reversible": the iterates do not stay finite.
         UnsupportedError: "reversible", in the backward pass: it did not come back to z0, since f is random, say.
@@ -97,9 +105,13 @@ def unroll(
     (tensor(2.0000, dtype=torch.float64), tensor(1.0000, dtype=torch.float64))
     """
     _check(steps, mode, last, momentum)
+    if not callable(step):
+        raise ArgumentTypeError(f"unroll: step must be callable, got {type(step).__name__}")
+    if not isinstance(z0, Tensor):
+        raise DtypeError(f"unroll: z0 must be a torch.Tensor, got {type(z0).__name__}")
     if mode == "reversible":
         return _reversible(step, z0, theta, steps, momentum)
-    call = partial(_same_shape, step)
+    call = partial(_like_z, step)
     if mode == "checkpointed":
         return _checkpointed(call, z0, theta, steps, momentum)
     v: Tensor | None = None
@@ -117,25 +129,46 @@ def _check(steps: int, mode: str, last: int | None, momentum: float) -> None:
     """Refuse settings that mean nothing."""
     if mode not in MODES:
         raise ArgumentError(f"mode must be one of {MODES}, got {mode!r}")
-    if steps < 0:
+    if checks.integer("steps", steps) < 0:
         raise ArgumentError(f"steps must be 0 or more, got {steps}")
     if last is not None and mode != "truncated":
         raise ArgumentError(f"last is for mode='truncated' only, got last={last} with mode={mode!r}; leave it out")
-    if last is not None and not 0 <= last <= steps:
+    if last is not None and not 0 <= checks.integer("last", last) <= steps:
         raise ArgumentError(f"last must be between 0 and steps = {steps}, got {last}")
     if not 0 <= checks.number("momentum", momentum) < 1:
         raise ArgumentError(f"momentum must be in [0, 1), got {momentum}; with 1 or more the velocity never dies out")
 
 
-def _same_shape(step: Step, z: Tensor, *theta: Any) -> Tensor:
-    """The step, which must keep the shape."""
+def _like_z(step: Step, z: Tensor, *theta: Any) -> Tensor:
+    """The step, which must keep the shape, the dtype (but for autocast) and the device."""
     following = step(z, *theta)
+    if not isinstance(following, Tensor):
+        raise DtypeError(
+            f"unroll: step(z, *theta) must return a torch.Tensor, got {type(following).__name__}"
+            + ("; does it miss a return?" if following is None else "")
+        )
     if following.shape != z.shape:
         raise ShapeError(
             f"step must keep the shape of z, {tuple(z.shape)}, but returned {tuple(following.shape)}; "
             "broadcast z0 to the shape of the batch first"
         )
+    if following.dtype != z.dtype and _in_autocast(z, following):
+        return following.to(z.dtype)
+    if following.dtype != z.dtype:
+        raise DtypeError(
+            f"unroll: step must keep the dtype of z, {z.dtype}, but returned {following.dtype}; "
+            "give z0 and theta one dtype"
+        )
+    if following.device != z.device:
+        raise DeviceError(f"unroll: step must keep the device of z, {z.device}, but returned {following.device}")
     return following
+
+
+def _in_autocast(z: Tensor, following: Tensor) -> bool:
+    """Whether an autocast region may have made a real z another real dtype."""
+    device = z.device.type
+    real = z.is_floating_point() and following.is_floating_point()
+    return real and device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _checkpointed(call: Step, z: Tensor, theta: tuple[Any, ...], steps: int, momentum: float) -> Tensor:
@@ -150,9 +183,14 @@ def _checkpointed(call: Step, z: Tensor, theta: tuple[Any, ...], steps: int, mom
 
 @uncompiled
 def _reversible(step: Step, z0: Tensor, theta: tuple[Any, ...], steps: int, momentum: float) -> Tensor:
-    """The loop in integers; half precision is computed in float32."""
-    entrance = enter("fixed_point", step, z0, theta, what="unroll")
-    z = reversible(entrance.structure.call, steps, momentum, entrance.z0, *entrance.leaves)
+    """The loop in integers; half precision is computed in float32. The step gets copies, so it may work in place."""
+    entrance = enter("fixed_point", step, z0.clone(), theta, what="unroll")
+
+    def call(z: Tensor, *leaves: Tensor) -> Tensor:
+        following: Tensor = entrance.structure.call(z.clone(), *leaves)
+        return following
+
+    z = reversible(call, steps, momentum, z0.to(entrance.z0.dtype), *entrance.leaves)
     return z.to(entrance.dtype)
 
 

@@ -319,3 +319,36 @@ def test_the_modules_call_the_functions():
     for wrong in (lambda: il.nn.PerturbedArgmax(3), lambda: il.nn.SPOPlusLoss(lowest, reduction="avg")):
         with pytest.raises((ArgumentError, ArgumentTypeError)):
             wrong()
+
+
+def test_numbers_as_bounds_bound_all_entries():
+    c = torch.tensor([[3.0, -1.0, 0.4], [0.1, 0.2, 9.0]], dtype=torch.float64)
+    y = il.smoothed_lp(c, lb=0, ub=0.5, temperature=2.0).value
+    torch.testing.assert_close(y, (c / 2).clamp(0, 0.5), rtol=0, atol=1e-9)  # the projection onto a box
+    assert il.smoothed_lp(c.half(), lb=0.0, ub=0.5).value.dtype == torch.float16
+    with pytest.raises(ArgumentTypeError, match="lb"):
+        il.smoothed_lp(c, lb="0")
+
+
+def test_an_answer_that_is_not_finite_is_refused():
+    def broken(scores):
+        return torch.where(scores == scores.amax(), torch.nan, 0.0)
+
+    x = torch.zeros(3)
+    with pytest.raises(NonFiniteError, match="answer"):
+        il.perturbed_argmax(x, broken, samples=3)
+    with pytest.raises(NonFiniteError, match="answer"):
+        il.spo_plus_loss(x, x, broken)
+
+
+def test_gradients_of_one_sample_are_right_in_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(200_000, 2).clone().requires_grad_()
+
+    def best(scores):
+        return torch.nn.functional.one_hot(scores.argmax(-1), 2)
+
+    y = il.perturbed_argmax(x, best, samples=1, noise="gumbel", generator=generator)
+    (gradient,) = torch.autograd.grad(y[:, 0].sum(), x)
+    p = torch.tensor([0.0, 1.0]).double().softmax(-1)
+    torch.testing.assert_close(gradient.mean(0), p[0] * p[1] * torch.tensor([1.0, -1.0]).double(), rtol=0, atol=0.01)

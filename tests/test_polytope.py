@@ -420,3 +420,61 @@ def test_a_wrong_derivative_of_the_system_would_be_seen(monkeypatch):
     monkeypatch.setattr(SchurSolve, "apply", lambda *args: 1.3 * right(*args))
     with pytest.raises(RuntimeError):
         torch.autograd.gradcheck(call, tensors)
+
+
+def test_constraints_that_rounding_breaks_are_no_solution():
+    A, b = torch.tensor([[1.0, -1.0]], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    c = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    for tau in (1.0, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01):
+        value, info = il.entropic_lp(c, A=A, b=b, temperature=tau, on_failure="ignore")
+        off = float((A @ value - b).abs().max())
+        assert bool(info.converged) == (off <= 2e-8)
+        # by hand: x1 x2 = exp(1/tau - 2) and x1 - x2 = 1
+        exact = 0.5 + math.sqrt(0.25 + math.exp(1 / tau - 2))
+        assert not info.converged or abs(float(value[0]) - exact) <= 1e-9 * exact
+    assert off > 0.1
+    with pytest.raises(il.errors.ConvergenceError, match="without its entropy the program is probably unbounded"):
+        il.entropic_lp(c, A=A, b=b, temperature=0.02)
+
+
+def test_scores_of_any_size_on_the_simplex_give_softmax():
+    generator = torch.Generator().manual_seed(2)
+    ones, b = torch.full((1, 6), 2.0, dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64)
+    for size in (1e6, 1e10, 1e15, 1e30):
+        c = size * torch.randn(5, 6, dtype=torch.float64, generator=generator)
+        value, info = il.entropic_lp(c, A=ones, b=b)
+        assert int(info.iterations.max()) < 100
+        torch.testing.assert_close(value, c.softmax(-1), rtol=0, atol=1e-12)
+    tie = torch.tensor([1e12, 1e12, 0.0], dtype=torch.float64, requires_grad=True)
+    value = il.entropic_lp(tie, A=ones[:, :3], b=b).value
+    torch.testing.assert_close(value, torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64), rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad(value[0], tie)
+    torch.testing.assert_close(gradient, torch.tensor([0.25, -0.25, 0.0], dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_an_overflow_says_so():
+    with pytest.raises(il.errors.ConvergenceError, match=r"overflows torch.float32: an entry is about exp"):
+        il.entropic_lp(torch.tensor([1.0, 300.0]))
+
+
+def test_under_autocast_half_scores_go_with_float32_constraints():
+    c, A, b = torch.tensor([0.0, 1.0]), torch.ones(1, 2), torch.ones(1)
+    layer = il.nn.EntropicLP(A=A, b=b, ub=torch.tensor([1.0, 0.6]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = (c.unsqueeze(0) @ torch.eye(2))[0]
+        assert half.dtype == torch.bfloat16
+        x, y = il.entropic_lp(half, A=A, b=b).value, layer(half)
+    torch.testing.assert_close(x, c.softmax(-1))
+    torch.testing.assert_close(y, torch.tensor([0.4, 0.6]))
+
+
+def test_active_rows_that_are_given_twice_warn_in_the_backward_pass():
+    c = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    row, h = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    once = il.entropic_lp(c, G=row, h=h).value
+    twice = il.entropic_lp(c, G=torch.cat([row, 3 * row]), h=torch.cat([h, 3 * h])).value
+    torch.testing.assert_close(twice, once, rtol=1e-9, atol=1e-12)
+    (expected,) = torch.autograd.grad(once[0], c)
+    with pytest.warns(il.errors.DegenerateGradientWarning, match="depend on each other"):
+        (found,) = torch.autograd.grad(twice[0], c)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)

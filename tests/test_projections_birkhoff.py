@@ -119,7 +119,7 @@ def test_failed_problems_keep_their_last_iterate_get_zero_gradient_and_spoil_no_
 def test_a_planted_wrong_derivative_is_caught(monkeypatch):
     monkeypatch.setattr(doubly_stochastic, "_component_projector", lambda linked: torch.eye(4).double())
     X = draw(4, 4, scale=0.3).requires_grad_()
-    with pytest.raises((GradcheckError, AssertionError)):
+    with pytest.raises((GradcheckError, AssertionError, ConvergenceError)):
         torch.autograd.gradcheck(birkhoff, X)
         check_optimal(X.detach().unsqueeze(0))
 
@@ -135,3 +135,24 @@ def test_what_is_refused():
         il.SemismoothNewton(max_iter=0)
     with pytest.raises(ValueError, match="on_failure"):
         birkhoff(torch.eye(2), on_failure="hope")
+
+
+def test_what_is_too_large_for_its_sums_is_never_returned_as_doubly_stochastic():
+    generator = torch.Generator().manual_seed(5)
+    for size in (1e3, 1e6, 1e9, 1e12, 1e15, 1e18):
+        X = size * torch.randn(6, 4, 4, dtype=torch.float64, generator=generator)
+        try:
+            Y = birkhoff(X)
+        except ConvergenceError:
+            assert size >= 1e9
+            continue
+        ones = torch.ones(6, 4, dtype=torch.float64)
+        torch.testing.assert_close(Y.sum(-1), ones, rtol=0, atol=1e-6)
+        torch.testing.assert_close(Y.sum(-2), ones, rtol=0, atol=1e-6)
+    small = torch.eye(3, dtype=torch.float64)
+    X = torch.stack([small, 1e15 * torch.randn(3, 3, dtype=torch.float64, generator=generator)]).requires_grad_()
+    Y = birkhoff(X, on_failure="ignore")
+    torch.testing.assert_close(Y[0], birkhoff(small), rtol=0, atol=1e-12)
+    off = (Y.detach().sum(-1) - 1).abs().amax(-1) + (Y.detach().sum(-2) - 1).abs().amax(-1)
+    (gradient,) = torch.autograd.grad(Y.square().sum(), X)
+    assert (gradient[1] == 0).all() or off[1] <= 2e-6

@@ -210,7 +210,9 @@ def test_different_sums_are_refused():
     C, a, b = data(17, batch=(3,))
     b = b.clone()
     b[1] *= 1.01
-    with pytest.raises(ValueError, match=r"different sums, 1 of a\[1\] and 1.01 of b\[1\] \(1 of 3 problems\)"):
+    with pytest.raises(
+        ValueError, match=r"different sums, 1 of a\[1\] and 1.01 of b\[1\], 0.01 apart .*\(1 of 3 problems\)"
+    ):
         il.sinkhorn(C, a, b)
     il.sinkhorn(C.float(), a.float(), (1.01 * a.float()).sum(-1, keepdim=True) / 1.01 / 5 * torch.ones(5))  # rounding
 
@@ -318,3 +320,28 @@ def test_a_wrong_derivative_would_be_seen(monkeypatch):
     monkeypatch.setattr(balance.BalanceSolve, "apply", lambda *args: tuple(1.01 * t for t in right(*args)))
     with pytest.raises(RuntimeError):
         torch.autograd.gradcheck(call, tensors)
+
+
+def test_a_float32_softmax_in_float64_is_a_marginal_and_refusals_tell_the_numbers():
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(n, generator=generator).softmax(-1).double() for n in (7, 900))
+    b = b * (1 + 4e-7)
+    C = torch.rand(7, 900, generator=generator).double()
+    P = il.sinkhorn(C, a, b).value
+    torch.testing.assert_close(P.sum(-1), a, rtol=0, atol=1e-9)
+    torch.testing.assert_close(P.sum(-2), b * (a.sum() / b.sum()), rtol=0, atol=1e-9)  # scaled to the mass of a
+    half = torch.full((2,), 0.5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"1\.00001 of b, 1e-05 apart where 1e-06 is allowed"):
+        il.sinkhorn(torch.zeros(2, 2).double(), half, half * (1 + 1e-5))
+
+
+def test_under_autocast_half_costs_go_with_float32_marginals():
+    C, half = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0.5, 0.5])
+    weight = torch.eye(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        costs = C @ weight
+        assert costs.dtype == torch.bfloat16
+        P = il.sinkhorn(costs, half, half, temperature=0.5).value
+        Q = il.nn.Sinkhorn(temperature=0.5, learn_temperature=True)(costs)
+    for plan in (P, Q):
+        torch.testing.assert_close(plan, il.sinkhorn(C, half, half, temperature=0.5).value)

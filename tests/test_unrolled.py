@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from implicit_layers.errors import DtypeError, NotPositiveDefiniteError, ShapeError
-from implicit_layers.unrolled import unroll, unrolled_qp, unrolled_softmax
+from implicit_layers.errors import ArgumentTypeError, DtypeError, NotPositiveDefiniteError, ShapeError
+from implicit_layers.unrolled import MODES, unroll, unrolled_qp, unrolled_softmax
 
 STEPS = 23
 
@@ -285,3 +286,61 @@ def test_a_planted_wrong_gradient_is_seen():
     wrong = unrolled_softmax(2 * x - x.detach())
     ours, exact = (torch.autograd.grad(y[0], x)[0] for y in (wrong, torch.softmax(x, -1)))
     assert (ours - exact).norm() > 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_step_in_place_changes_nothing_of_the_callers_and_no_result(mode: str, momentum: float) -> None:
+    def plain(z: Tensor, a: Tensor) -> Tensor:
+        return 0.5 * z + a
+
+    def in_place(z: Tensor, a: Tensor) -> Tensor:
+        return z.mul_(0.5).add_(a)
+
+    def spoiling(z: Tensor, a: Tensor) -> Tensor:
+        following = 0.5 * z + a
+        z.zero_()
+        return following
+
+    results = []
+    for step in (plain, in_place, spoiling):
+        z0 = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        a = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
+        z = unroll(step, z0, a, steps=7, mode=mode, momentum=momentum)  # type: ignore[arg-type]
+        assert z0.tolist() == [1.0, -2.0]
+        results.append((z.detach(), torch.autograd.grad(z.sum(), a)[0]))
+    z, v = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for _ in range(7):  # by hand
+        v = momentum * v + (0.5 * z + torch.tensor([0.3, 0.7]).double() - z)
+        z = z + v
+    for value, gradient in results:
+        assert torch.allclose(value, z, rtol=0, atol=1e-7)
+        assert torch.allclose(gradient, results[0][1], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", ["dtype", "none", "tuple", "list"])
+def test_a_step_or_start_of_another_type_is_refused_in_every_mode(mode: str, bad: str) -> None:
+    steps = {
+        "dtype": lambda z: z.double(),
+        "none": lambda z: None,
+        "tuple": lambda z: (z, z),
+        "list": lambda z: z,
+    }
+    z0 = [0.0, 1.0] if bad == "list" else torch.zeros(2)
+    with pytest.raises((DtypeError, ShapeError)):
+        unroll(steps[bad], z0, steps=3, mode=mode)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("setting", [{"steps": 2.5}, {"steps": True}, {"steps": 3, "mode": "truncated", "last": 1.0}])
+def test_a_number_of_steps_that_is_no_int_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentTypeError):
+        unroll(lambda z: z, torch.zeros(2), **setting)
+
+
+def test_under_autocast_the_iterates_keep_their_dtype() -> None:
+    W = 0.3 * torch.eye(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = unroll(lambda z, W: z @ W, torch.ones(2, 3), W, steps=2)
+    assert z.dtype == torch.float32
+    assert torch.allclose(z, torch.full((2, 3), 0.09), rtol=1e-2)

@@ -147,7 +147,8 @@ def _warn_of_kinks(weak: Tensor) -> None:
     first = f" (first: index {checks.index_of(weak)})" if weak.ndim else ""
     warn(
         f"entropic_lp: {int(weak.sum())} of {weak.numel()} problems{first} have an inequality that is only just active "
-        "(its multiplier and its slack are both zero), where the solution has a kink; the derivative to one side is "
+        "(its multiplier and its slack are both zero) or active inequalities that depend on each other, where the "
+        "solution has a kink; the derivative to one side is "
         "used. slack='entropic' has no kinks.",
         DegenerateGradientWarning,
     )

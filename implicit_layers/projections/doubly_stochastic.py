@@ -19,8 +19,14 @@ from implicit_layers import checks
 from implicit_layers.errors import ArgumentTypeError, ShapeError
 from implicit_layers.opaque import opaque
 from implicit_layers.projections.door import enforce, finite, kept_within
-from implicit_layers.solution import OnFailure, SolveInfo, check_on_failure, report_failure
+from implicit_layers.solution import OnFailure, SolveInfo, Status, check_on_failure, report_failure
 from implicit_layers.solvers.semismooth_newton import SemismoothNewton
+
+_OFF = 1e-6  # the most that a row or column sum may be off by
+_TOO_LARGE = (
+    "The entries of X are so large beside 1 that float64 cannot resolve sums of 1 among their differences; scale X "
+    "down (a temperature), or take a linear assignment, which is what the projection of so large an X is."
+)
 
 
 def birkhoff(
@@ -41,7 +47,8 @@ def birkhoff(
     Gradient: with Z the indicator of Y > 0 and G the incoming gradient, Z∘(G − a1ᵀ − 1bᵀ), where a, b make its row and
               column sums zero. Where Z changes, this is one generalised Jacobian (an entry that has just become zero
               does not count as positive). Any order.
-    Raises:   ConvergenceError: the sums stayed farther from 1 than the tolerance.  NonFiniteError: X is not finite.
+    Raises:   ConvergenceError: the sums stayed farther from 1 than the tolerance, or than 1e-6 by
+              rounding, which is where X is very large.  NonFiniteError: X is not finite.
               DtypeError, ShapeError: X is no tensor of square matrices.
     Cost:     O(n³) time an iteration, 10 to 30 of them; O(n²) memory.
     Source:   Li, Sun & Toh (2020), On the efficient computation of a generalized Jacobian of the projector over the
@@ -75,7 +82,18 @@ def birkhoff(
     work = X.to(torch.float64)
     work = work - _means(work.detach())  # a shift of the duals; without it large rows would cost digits
     u, v, converged = opaque(solve, work)
-    return _attached(work, u, v, converged).to(X.dtype)
+    Y = _attached(work, u, v, converged)
+
+    def judge(Y: Tensor, converged: Tensor) -> tuple[Tensor]:
+        off = ((Y.sum(-1) - 1).abs() + (Y.sum(-2) - 1).abs()).amax(-1)
+        good = ~converged.bool() | (off <= _OFF)  # those that failed before have been reported
+        status = torch.where(good, int(Status.CONVERGED), int(Status.NOT_CONVERGED)).to(torch.int8)
+        info = SolveInfo(status, good, torch.zeros_like(status, dtype=torch.int64), off)
+        report_failure(info, on_failure, what="birkhoff", tol=_OFF, max_iter=None, advice=_TOO_LARGE)
+        return (good,)
+
+    (good,) = opaque(judge, Y, converged)
+    return torch.where(good[..., None, None], Y, Y.detach()).to(X.dtype)
 
 
 def _means(X: Tensor) -> Tensor:  # (*B, n, n) -> (*B, n, n)

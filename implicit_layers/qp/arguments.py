@@ -59,7 +59,7 @@ def at_the_door(
             raise ShapeError(f"solve_qp: {given} was given without {missing}; they come together")
     optional = {"A": A, "b": b, "G": G, "h": h, "lb": lb, "ub": ub}
     tensors = {"Q": Q, "p": p} | {name: tensor for name, tensor in optional.items() if tensor is not None}
-    tensors = _without_autocast(tensors)
+    tensors = checks.without_autocast(tensors)
     dtype, device = checks.floating_tensors(**tensors)
     if device.type == "meta" and type(Q) in (Tensor, torch.nn.Parameter):  # a subclass may hold numbers of its own
         raise DeviceError("solve_qp: the arguments are on the meta device, which holds no numbers to solve with")
@@ -134,12 +134,3 @@ def refuse_values(tensors: Mapping[str, Tensor]) -> None:
                 f"{name}{checks.index_of(bad)} is {float(tensor[bad][0])}: {int(bad.sum())} of {bad.numel()} entries "
                 f"of {name} are NaN or {wrong}, which no point satisfies; {-wrong} means that there is no constraint"
             )
-
-
-def _without_autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In an autocast region, take half-precision arguments to float32, as autocast does for such operations."""
-    device = next((t.device.type for t in tensors.values() if isinstance(t, Tensor)), "cpu")
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    half = (torch.float16, torch.bfloat16)
-    return {name: t.float() if isinstance(t, Tensor) and t.dtype in half else t for name, t in tensors.items()}

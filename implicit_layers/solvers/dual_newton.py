@@ -37,6 +37,8 @@ _TRIALS = 40  # of the line search
 _FLOOR = 1e-5  # rows smaller than this, next to the largest row of the problem, are judged by it
 _PROOF = 1e-10  # relative size from which on a gap is a contradiction and not rounding
 _FAR = 1e8  # a point this many times larger than the right-hand sides is none
+_ABSOLUTE = 1e-8  # the most that a row of entries up to one may be off, relative to 1 + |f|, however large x is
+_SAME_ROWS = 1e-13  # eigenvalue of unit rows' inner products from which on the rows are independent
 _WEAK = 1e-9  # relative size below which a dual and a slack are both zero
 
 
@@ -100,6 +102,13 @@ class Programs(NamedTuple):
             relative = torch.where(self.inequality() & (relative < 0), torch.minimum(-relative, eta), relative)
         return torch.where(torch.isnan(relative), torch.inf, relative.abs()).amax(-1)
 
+    def broken(self, point: Point) -> Tensor:  # (N,)
+        """Measure the largest violation relative to 1 + |f|: where x is huge, small next to x need not be small."""
+        excess = point.excess.abs()
+        if not self.entropic:
+            excess = torch.where(self.inequality(), point.excess.clamp(min=0.0), excess)
+        return torch.where(torch.isnan(excess), torch.inf, excess / (1 + self.f.abs())).amax(-1)
+
     def contradicted(self, direction: Tensor) -> Tensor:  # (N, m) -> (N,) bool
         """Whether the direction d proves that no point is feasible (Farkas).
 
@@ -130,7 +139,7 @@ class Dual(NamedTuple):
     status: Tensor  # (N,) int8
     iterations: Tensor  # (N,) int64
     residual: Tensor  # (N,)
-    weak: Tensor  # (N,) bool: some inequality has neither a dual nor a slack
+    weak: Tensor  # (N,) bool: some inequality has neither a dual nor a slack, or held rows depend on each other
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,7 @@ class DualNewton:
         away = theta - start
         eta, gamma = torch.zeros_like(f), f.new_zeros(batch, 1)
         reach = torch.ones_like(gamma)  # of the next step along the path
+        shortest = (1e-2 / away.abs().amax(-1, keepdim=True).clamp(min=1e-2)).clamp(max=1e-6)
         point = programs.at(start, eta)
         rho = programs.residual(point, eta)
         damping = torch.zeros_like(gamma)
@@ -217,17 +227,33 @@ class DualNewton:
                 shrinking = ahead > 0
                 length = torch.where(shrinking, length, 0.5 * length)
                 ahead = torch.where(_SHORTER * ahead < 1e-3 * (1 - gamma) * (trial > 5), 0.0, _SHORTER * ahead)
-                reach = torch.where(waiting.unsqueeze(-1) & shrinking, ahead.clamp(min=1e-6), reach)
+                reach = torch.where(waiting.unsqueeze(-1) & shrinking, torch.maximum(ahead, shortest), reach)
             jammed = length < 0.2
             damping = torch.where(jammed, (10 * damping).clamp(min=1e-3), 0.1 * damping)
-        solved = (gamma[:, 0] >= 1) & (rho <= self.tol) & ~infeasible
+        broken = programs.broken(point)
+        rho = torch.where(broken > max(self.tol, _ABSOLUTE), torch.maximum(rho, broken), rho)
+        solved = (gamma[:, 0] >= 1) & (rho <= self.tol) & (broken <= max(self.tol, _ABSOLUTE)) & ~infeasible
         status = torch.where(solved, int(Status.CONVERGED), int(Status.NOT_CONVERGED))
         status = torch.where(infeasible, int(Status.INFEASIBLE), status).to(torch.int8)
         eta = eta - matvec(null, eta)
         held = ~inequality | (eta > 0) if not entropic else torch.ones_like(f, dtype=torch.bool)
         tight = point.excess.abs() <= _WEAK * point.size
         weak = inequality & ~torch.tensor(entropic, device=f.device) & tight & (eta <= _WEAK)
-        return Dual(point.x, eta / scale, held.to(f.dtype), status, iterations, rho, weak.any(-1))
+        kinked = weak.any(-1)
+        if not entropic and checks.host_bool((inequality & held).any()):
+            kinked = kinked | _dependent(E, held, null)
+        return Dual(point.x, eta / scale, held.to(f.dtype), status, iterations, rho, kinked)
+
+
+def _dependent(E: Tensor, held: Tensor, null: Tensor) -> Tensor:  # (N or 1, m, n), (N, m), (N or 1, m, m) -> (N,)
+    """Whether the held rows depend on each other, other than equality rows among themselves."""
+    length = torch.linalg.vector_norm(E, dim=-1, keepdim=True)
+    unit = E / _positive(length) * held.unsqueeze(-1)
+    gaps = torch.diag_embed(torch.where((length[..., 0] > 0) & held, 0.0, 1.0).to(E.dtype))
+    vanish = torch.linalg.eigvalsh(unit @ unit.mT + gaps) <= _SAME_ROWS * E.shape[-2]
+    empty = (held & (length[..., 0] == 0)).sum(-1)  # rows of zeros, which `null` counts too
+    known = null.diagonal(dim1=-2, dim2=-1).sum(-1).round()
+    return vanish.sum(-1) + empty > known
 
 
 def _positive(x: Tensor) -> Tensor:

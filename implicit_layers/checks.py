@@ -249,6 +249,11 @@ def trailing_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: st
         raise ShapeError(f"{name} must have shape (*B, {wanted}) {why}, got {tuple(tensor.shape)}")
 
 
+def poisoned(values: Tensor, good: Tensor) -> Tensor:
+    """The values, NaN where a setting that the host could not read is out of its range; `good` broadcasts with them."""
+    return values + torch.where(good, 0.0, float("nan")).to(values.dtype)
+
+
 def readable(*tensors: Tensor) -> bool:
     """Whether the host may look at these values: not while tracing, under a functional transform, or without storage.
 

@@ -222,18 +222,18 @@ def choose(
     rows, _, settings = scores.rows(x, axis, empty, tau, k)
     ones = torch.ones_like(rows[..., :1])
     tau, k = (ones * s if isinstance(s, Tensor) else torch.full_like(ones, s) for s in settings)
-    check_total(rows, k, chosen.cap, name)
+    rows = check_total(rows, k, chosen.cap, name)
     return scores.restored(_differentiable(chosen, rows, k, tau), x, axis, empty, k)
 
 
-def check_total(x: Tensor, total: Tensor, cap: float, name: str) -> None:  # (*B, n), (*B, 1)
-    """Refuse totals that no point has."""
-    if not checks.readable(x, total):
-        return
+def check_total(x: Tensor, total: Tensor, cap: float, name: str) -> Tensor:  # (*B, n), (*B, 1) -> (*B, n)
+    """Refuse totals that no point has; where the host may not look, make the scores NaN there."""
     room = cap * x.detach().isfinite().sum(-1, keepdim=True)
     ok = (total >= 0) & (total <= room) & (total < float("inf"))
     if cap == float("inf"):
         ok = ok & (total > 0)
+    if not checks.readable(x, total):
+        return checks.poisoned(x, ok)
     if not checks.host_bool(ok.all()):
         bad = ~ok
         most = f"{float(room[bad][0]):g}" if cap < float("inf") else "infinity, and not 0"
@@ -241,6 +241,7 @@ def check_total(x: Tensor, total: Tensor, cap: float, name: str) -> None:  # (*B
             f"{name}{checks.index_of(bad.squeeze(-1))} is {float(total.detach()[bad][0]):g}, which no point has: it "
             f"must be between 0 and {most} (entries of at most {cap:g}, as many as are not masked)"
         )
+    return x
 
 
 class _Choice(torch.autograd.Function):

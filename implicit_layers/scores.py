@@ -75,6 +75,8 @@ def temperature_of(x: Tensor, axis: int, temperature: Tensor | float) -> Tensor 
         tiny = _tiny(x.dtype)
         if not tau >= tiny:  # also catches NaN
             raise ArgumentError(_bad_temperature(tau, tiny, x.dtype))
+    elif not checks.readable(tau):
+        return checks.poisoned(tau, tau.detach() >= torch.finfo(tau.dtype).tiny)
     return tau
 
 

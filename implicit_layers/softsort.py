@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicit_layers.projections.door import Rows, Rule, enforce, finite, rows
+from implicit_layers.projections.door import Rows, Rule, enforce, finite, poisoned, rows
 from implicit_layers.projections.permutations import onto_permutahedron
 
 
@@ -88,7 +88,6 @@ def _scores(x: Tensor, dim: int, temperature: Tensor | float) -> tuple[Rows, Ten
     tau = points.parameter("temperature", temperature)
     n = points.x.shape[-1]
     must = f"must be positive and finite, and {n}/temperature finite too"
-    enforce(
-        finite("x", points.x), Rule("temperature", tau, lambda v: (v > 0) & v.isfinite() & (n / v).isfinite(), must)
-    )
-    return points, tau
+    rule = Rule("temperature", tau, lambda v: (v > 0) & v.isfinite() & (n / v).isfinite(), must)
+    enforce(finite("x", points.x), rule)
+    return points._replace(x=poisoned(points.x, rule)), tau

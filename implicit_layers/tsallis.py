@@ -87,6 +87,7 @@ def entmax(
         bounded by the square of the dtype's precision then.
     Raises:   as `softmax`; ValueError: α < 1, infinite or NaN.
     Cost:     as `sparsemax`; an exponential and a logarithm an entry and iteration unless α is the number 1, 1.5 or 2.
+        α > 2 costs a sort of the scores near the largest and log₂ n further iterations, in float64.
     Source:   Peters, Niculae & Martins (2019), arXiv:1905.05702; gradient in α: Correia, Niculae & Martins (2019),
         arXiv:1909.00015. Monotone Newton in place of sort and bisection.
 
@@ -97,6 +98,8 @@ def entmax(
     axis = scores.axis_of(x, dim)
     alpha = scores.per_problem("alpha", alpha, x, axis)
     check_alpha(alpha)
+    if isinstance(alpha, Tensor) and not checks.readable(alpha):
+        alpha = checks.poisoned(alpha, (alpha.detach() >= 1) & alpha.detach().isfinite())
     if not isinstance(alpha, Tensor) and alpha == 1:
         return simplex.softmax(x, dim, temperature=temperature, mask=mask, empty=empty)
     tau = scores.temperature_of(x, axis, temperature)
@@ -264,8 +267,8 @@ class _Part:
         return -self.y * log_y.square() * _phi2(((1 - self.alpha) * log_y).clamp(max=most))
 
     def centred(self, v: Tensor) -> Tensor:
-        """The map v ↦ v − ⟨s, v⟩/⟨s, 1⟩; in float64 without the v of the largest weight, see `regularizers.tangent`."""
-        if v.dtype == torch.float64:
+        """The map v ↦ v − ⟨s, v⟩/⟨s, 1⟩; see `regularizers.tangent` for what is taken off first."""
+        if v.dtype == torch.float64 or isinstance(self.alpha, Tensor) or self.alpha > 2:
             v = v - v.gather(-1, self.s.detach().argmax(-1, keepdim=True))
         return v - (self.s * v).sum(-1, keepdim=True) / self.total
 

@@ -69,6 +69,73 @@ def test_entmax_is_the_root_that_bracketing_finds(n, scale, alpha):
         close(each[i], expected, 1e-9)
 
 
+def by_many_digits(x, alpha):
+    """Entmax of a list of mpmath numbers by plain bisection on the sum, in 300 digits; α > 1."""
+    with mpmath.workdps(300):
+        d, top = mpmath.mpf(alpha) - 1, max(x)
+        weigh = lambda q: [max(q - d * (top - v), 0) ** (1 / d) for v in x]  # noqa: E731
+        low, high = mpmath.mpf(0), mpmath.mpf(1)
+        for _ in range(900):
+            middle = (low + high) / 2
+            low, high = (low, middle) if sum(weigh(middle)) >= 1 else (middle, high)
+        return weigh(high)
+
+
+@pytest.mark.parametrize("alpha", [2.0625, 2.5, 4.0, 7.0, 20.0, 50.0])
+def test_beyond_sparsemax_entries_just_above_zero_are_right(alpha):
+    """There y = (difference)^{1/(α − 1)} has an unbounded slope: the root in ν is right and y wrong in every digit."""
+    for seed in range(4):
+        x = draw(5, seed=seed, scale=10 ** (-0.8 * seed)) + 3 * (seed % 2)
+        expected = [float(v) for v in by_many_digits([mpmath.mpf(float(v)) for v in x], alpha)]
+        close(il.entmax(x, alpha), expected, 4e-15)
+        close(il.entmax(x, torch.tensor(alpha).double()), expected, 4e-15)
+        close(torch.func.vmap(lambda x: il.entmax(x, alpha))(x[None])[0], expected, 4e-15)
+        single = x.float()
+        expected = [float(v) for v in by_many_digits([mpmath.mpf(float(v)) for v in single], alpha)]
+        close(il.entmax(single, alpha), expected, 2e-7)
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("alpha", [3.0, 7.0, 20.0])
+def test_beyond_sparsemax_gradient_and_loss_are_right(alpha, dtype, tol):
+    x = torch.tensor([-0.0034036325135246574, 0.014278457425785401, 0.01835891108496748, -0.0380403464334503])
+    x, g = x.to(dtype).requires_grad_(), torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=dtype)
+    y = il.entmax(x, alpha)
+    (found,) = torch.autograd.grad((y * g).sum(), x)
+    exact, step = [mpmath.mpf(float(v)) for v in x.detach()], mpmath.mpf(10) ** -60
+    for i in range(4):
+        sides = []
+        for sign in (1, -1):
+            with mpmath.workdps(300):
+                moved = by_many_digits([v + sign * step * (i == j) for j, v in enumerate(exact)], alpha)
+                sides.append(sum(float(w) * v for w, v in zip(g, moved, strict=True)))
+        with mpmath.workdps(300):
+            expected = float((sides[0] - sides[1]) / (2 * step))
+        assert abs(float(found[i]) - expected) <= tol * (1 + abs(expected)), (i, float(found[i]), expected)
+    assert il.fenchel_young_loss(x, y.detach(), alpha).abs() <= 4 * torch.finfo(dtype).eps
+    for seed in range(20):
+        t = draw(4, seed=seed).softmax(-1).to(dtype)
+        assert il.fenchel_young_loss(x, t, alpha) >= -4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_beyond_sparsemax_many_classes_agree_with_their_support(scale):
+    x = draw(2, 4000, scale=scale, seed=3) + 100
+    for alpha in (3.0, 8.0):
+        y, each = il.entmax(x, alpha), il.entmax(x, torch.tensor([[1.5], [alpha]]).double())
+        close(each[1], y[1], 1e-13)
+        for row, found in zip(x, y, strict=True):
+            chosen = found > 0
+            close(found[chosen], il.entmax(row[chosen], alpha), 1e-13)
+        order = draw(4000, seed=5).argsort()
+        close(il.entmax(x[:, order], alpha), y[:, order], 1e-14)
+        x.requires_grad_()
+        whole = torch.autograd.grad(il.entmax(x, alpha)[:, :50].sum(), x)[0]
+        x = x.detach()
+        apart = torch.func.vmap(torch.func.grad(lambda x, alpha=alpha: il.entmax(x, alpha)[:50].sum()))(x)
+        close(whole, apart, 1e-9)
+
+
 def test_the_limits_are_softmax_and_sparsemax():
     x = draw(5, 9)
     close(il.entmax(x, 1.0), torch.softmax(x, -1))

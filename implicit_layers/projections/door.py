@@ -103,6 +103,16 @@ def positive(name: str, values: Tensor) -> Rule:
     return Rule(name, values, lambda v: (v > 0) & v.isfinite(), "must be positive and finite")
 
 
+def poisoned(x: Tensor, *rules: Rule) -> Tensor:  # (*B, n) -> (*B, n)
+    """The points, NaN where a rule is broken that the host could not check; for use after `enforce`."""
+    if checks.readable(x, *(rule.values for rule in rules)):
+        return x
+    for rule in rules:
+        good = rule.holds(rule.values.detach())
+        x = checks.poisoned(x, good.all(-1, keepdim=True) if good.ndim else good)
+    return x
+
+
 def enforce(*rules: Rule) -> None:
     """Refuse values that break a rule: one host synchronisation, none where the host may not look.
 

@@ -44,10 +44,11 @@ def box(x: Tensor, *, lb: Tensor | float | None = None, ub: Tensor | float | Non
     except RuntimeError:
         shapes = f"x {tuple(x.shape)}, lb {tuple(lower.shape)}, ub {tuple(upper.shape)}"
         raise ShapeError(f"box: the shapes do not broadcast: {shapes}") from None
-    enforce(
-        finite("x", work),
-        Rule("ub - lb", upper.detach() - lower.detach(), lambda gap: gap >= 0, "must not be negative or NaN"),
-    )
+    rule = Rule("ub - lb", upper.detach() - lower.detach(), lambda gap: gap >= 0, "must not be negative or NaN")
+    enforce(finite("x", work), rule)
+    if not checks.readable(work, rule.values):
+        good = rule.holds(rule.values)
+        work, lower, upper = (checks.poisoned(v, good) for v in (work, lower, upper))
     return torch.where(work < lower, lower, torch.where(work > upper, upper, work)).to(x.dtype)
 
 

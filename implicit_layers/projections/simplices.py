@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicit_layers.projections.door import Rule, enforce, finite, kept_within, positive, rows
+from implicit_layers.projections.door import Rule, enforce, finite, kept_within, poisoned, positive, rows
 
 
 def simplex(x: Tensor, dim: int = -1, *, radius: Tensor | float = 1.0) -> Tensor:  # (*, n, *) -> (*, n, *)
@@ -42,7 +42,7 @@ def simplex(x: Tensor, dim: int = -1, *, radius: Tensor | float = 1.0) -> Tensor
     points = rows(x, dim)
     r = points.parameter("radius", radius)
     enforce(finite("x", points.x), positive("radius", r))
-    return points.back(_onto_simplex(points.x, r))
+    return points.back(_onto_simplex(poisoned(points.x, positive("radius", r)), r))
 
 
 def _onto_simplex(x: Tensor, r: Tensor) -> Tensor:  # (*B, n), (*B, 1) -> (*B, n)
@@ -85,10 +85,11 @@ def l1_ball(x: Tensor, dim: int = -1, *, radius: Tensor | float = 1.0) -> Tensor
     points = rows(x, dim)
     r = points.parameter("radius", radius)
     enforce(finite("x", points.x), positive("radius", r))
-    plain = points.x.detach()
+    x = poisoned(points.x, positive("radius", r))
+    plain = x.detach()
     outside = plain.abs().sum(-1, keepdim=True) > r.detach()
     sign = plain.sign()
-    return points.back(torch.where(outside, sign * _onto_simplex(sign * points.x, r), points.x))
+    return points.back(torch.where(outside, sign * _onto_simplex(sign * x, r), x))
 
 
 def capped_simplex(
@@ -125,12 +126,12 @@ def capped_simplex(
     most = u.detach().sum(-1, keepdim=True)
     most = most * (1 + 16 * torch.finfo(u.dtype).eps)  # n caps of 0.1 do not add up to 0.1 n in floating point
     every_k, most = torch.broadcast_tensors(total.detach(), most)
-    enforce(
-        finite("x", points.x),
+    rules = (
         Rule("cap", u, lambda v: (v >= 0) & v.isfinite(), "must be finite and not negative"),
         Rule("k", every_k, lambda v: (v >= 0) & (v <= most), "must be between 0 and the sum of the caps"),
     )
-    return points.back(_onto_capped_simplex(points.x, total, u))
+    enforce(finite("x", points.x), *rules)
+    return points.back(_onto_capped_simplex(poisoned(points.x, *rules), total, u))
 
 
 def _onto_capped_simplex(x: Tensor, k: Tensor, u: Tensor) -> Tensor:  # (*B, n), (*B, 1), (*B, n) -> (*B, n)

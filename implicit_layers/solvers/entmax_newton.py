@@ -5,8 +5,8 @@ r"""Monotone Newton for α-entmax: no sort, no bracket, and at many classes only
 At c = 0 the largest score alone gives the sum F ≥ 1. For 1 ≤ α ≤ 2, log_α F = (F^{α−1} − 1)/(α − 1) is convex and
 increasing in c (a norm of positive parts; for α → 1 it is logsumexp(v) + c, a line), so Newton on it comes down to the
 root without passing it, in a number of steps that grows with the logarithm of n over the precision. It needs one step
-where all scores are equal. For α > 2 the steps are kept in a bracket. What is left of the sum at the end is rounding,
-and is divided out.
+where all scores are equal. What is left of the sum at the end is rounding, and is divided out. For α > 2 see
+`entmax_steep`.
 
 Every subset of the scores has its own root, above the root of them all: what is not chosen at it is never chosen. So
 rows of many classes are first solved for the largest score of each block, then narrowed to the entries that this leaves
@@ -15,15 +15,15 @@ over, where these are few, and all further work is done there.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicit_layers import checks
+from implicit_layers.solvers import entmax_steep
 
-MAX_ITER = 100  # at most about log₄(n/eps) + 1 are needed for α ≤ 2, and two or three a bit beyond
+MAX_ITER = 100  # at most about log₄(n/eps) + 1 are needed, and two or three a bit beyond
 _UNREADABLE_ITER = 48  # where values cannot be looked at
 WIDE = 2048  # rows narrower than this stay as they are
 _BLOCK = 32
@@ -40,6 +40,8 @@ class Chosen(NamedTuple):
 def solve(x: Tensor, top: Tensor, tau: Tensor | float, alpha: Tensor | float) -> Chosen:
     """Find α-entmax of the rows of x (R, n) with maxima top (R, 1); τ and α are numbers or (R, 1)."""
     watch = checks.readable(x)
+    if not isinstance(alpha, Tensor) and alpha > 2:
+        return _steep(x, tau, alpha - 1, watch)
     columns = None
     if watch and x.shape[-1] >= WIDE and x.numel() > 0:
         columns = _narrow(x, _floor(x, top, tau, alpha))
@@ -63,7 +65,9 @@ def _weighed(
     v = v.clamp_(min=-most)  # so that no later product overflows
     if padding is not None:
         v = v.masked_fill_(padding, -most)
-    if isinstance(alpha, Tensor) or not 1.05 <= alpha <= 2:
+    if isinstance(alpha, Tensor):
+        return _any(x if padding is None else x.masked_fill(padding, float("-inf")), v, tau, alpha - 1, watch)
+    if alpha < 1.05:
         return _general(v, alpha - 1, watch)
     if alpha in (1.5, 2):
         return _power(v, 1 if alpha == 2 else 2, watch)
@@ -75,7 +79,8 @@ def _floor(x: Tensor, top: Tensor, tau: Tensor | float, alpha: Tensor | float) -
     whole = x.shape[-1] - x.shape[-1] % _BLOCK
     largest = x[:, :whole].unflatten(-1, (-1, _BLOCK)).amax(-1)
     end = _weighed(largest, top, tau, alpha, None, True)[1]
-    return top + tau * (end - 64 * torch.finfo(x.dtype).eps * (1 + end.abs()))
+    eps = torch.finfo(x.dtype).eps
+    return top + tau * (end - 64 * eps * (1 + end.abs())) - 4 * eps * top.abs()
 
 
 def _power(v: Tensor, beta: int, watch: bool) -> tuple[Tensor, Tensor]:
@@ -138,40 +143,54 @@ def _any_power(v: Tensor, delta: float, watch: bool) -> tuple[Tensor, Tensor]:
 
 
 def _general(v: Tensor, delta: Tensor | float, watch: bool) -> tuple[Tensor, Tensor]:
-    """Any α ≥ 1; rows may differ in it.
-
-    The unknown is c for α ≤ 2, and q = 1 + (α − 1) c beyond, which may be tiny and is then needed to all its digits.
-    """
-    eps, n = torch.finfo(v.dtype).eps, v.shape[-1]
+    """Any 1 ≤ α ≤ 2; rows may differ in it. The unknown is c."""
+    eps = torch.finfo(v.dtype).eps
     d = (delta if isinstance(delta, Tensor) else v.new_full((1, 1), delta)).expand(v.shape[0], 1)
     limit = d < torch.finfo(v.dtype).tiny ** 0.5  # α = 1
     d = torch.where(limit, 1.0, d)
-    steep = d > 1
-    scaled, one = d * v, torch.ones_like(d)
-    low, high = (-d * math.log(n)).exp().clamp(min=torch.finfo(v.dtype).tiny) * (1 - 4 * eps), one
-    c = torch.where(steep, one, 0.0)
-    y, total = v, one
+    scaled, c = d * v, torch.zeros_like(d)
+    y, total = v, c
     for _ in range(MAX_ITER if watch else _UNREADABLE_ITER):
-        r = torch.where(steep, scaled + c, (scaled + d * c).clamp(min=-1))  # q of each entry, or q − 1
-        log_y = torch.where(steep, r.clamp(min=0).log(), r.log1p()) / d
-        log_y = torch.where(limit, v + c, log_y)
-        y = log_y.exp()
-        q = torch.where(steep, r, torch.where(limit, 1.0, 1 + r))
+        r = (scaled + d * c).clamp(min=-1)  # q − 1 of each entry
+        y = torch.where(limit, v + c, r.log1p() / d).exp()
+        q = torch.where(limit, 1.0, 1 + r)
         total = y.sum(-1, keepdim=True)
         rate = torch.where(q > 0, y / q, 0.0).sum(-1, keepdim=True)
         log_total = total.log()
         above = torch.where(limit, log_total, torch.expm1(d * log_total) / d)
         slope = torch.where(limit, 1 / total, ((d - 1) * log_total).exp()) * rate
-        moved = c - above / slope * torch.where(steep, d, 1.0)
-        low, high = torch.where(steep & (total < 1), c, low), torch.where(steep & (total > 1), c, high)
-        inside = (moved >= low) & (moved <= high) & ((moved - c).abs() < 0.5 * (high - low))
-        moved = torch.where(steep.logical_not() | inside, moved, (low * high).sqrt())
-        moving = torch.where(steep, high - low > 2 * eps * high, moved < c)
-        more = ((total - 1).abs() > 4 * eps) & moving  # false for NaN
+        moved = c - above / slope
+        more = ((total - 1).abs() > 4 * eps) & (moved < c)  # false for NaN
         if watch and not checks.host_bool(more.any()):
             break
         c = torch.where(more, moved, c)
-    return y / total, torch.where(limit, float("-inf"), torch.where(steep, -c / d, -1 / d - c))
+    return y / total, torch.where(limit, float("-inf"), -1 / d - c)
+
+
+def _any(x: Tensor, v: Tensor, tau: Tensor | float, delta: Tensor, watch: bool) -> tuple[Tensor, Tensor]:
+    """Rows of any α ≥ 1: what needs only one of the two ways takes it, others both."""
+    steep = delta > 1
+    if watch and not checks.host_bool(steep.any()):
+        return _general(v, delta, watch)
+    found = entmax_steep.solve(x, tau, torch.where(steep, delta, 1.0), watch)
+    y = (0 * found.y[:, :1]).repeat(1, x.shape[-1]).scatter_(-1, found.order, found.y)  # NaN stays in all
+    if watch and checks.host_bool(steep.all()):
+        return y, found.end
+    flat_y, flat_end = _general(v, torch.where(steep, 1.0, delta), watch)
+    return torch.where(steep, y, flat_y), torch.where(steep, found.end, flat_end)
+
+
+def _steep(x: Tensor, tau: Tensor | float, delta: float, watch: bool) -> Chosen:
+    """One α > 2 for all rows; narrowed to the support where that is worth it."""
+    found = entmax_steep.solve(x, tau, delta, watch)
+    y = (0 * found.y[:, :1]).repeat(1, x.shape[-1]).scatter_(-1, found.order, found.y)  # NaN stays in all
+    width = 0
+    if watch and x.shape[-1] >= WIDE and x.numel() > 0:
+        width = checks.host_int(found.size.max())
+        width = width if width <= 2 * _FEW * x.shape[-1] else 0
+    columns = found.order[:, :width]
+    filled = torch.arange(width, device=x.device) < found.size
+    return Chosen(y, torch.where(filled, columns, found.order[:, :1]))
 
 
 def _narrow(x: Tensor, floor: Tensor) -> Tensor | None:  # (R, n), (R, 1) -> (R, K)

@@ -173,7 +173,7 @@ def _any(x: Tensor, v: Tensor, tau: Tensor | float, delta: Tensor, watch: bool) 
     if watch and not checks.host_bool(steep.any()):
         return _general(v, delta, watch)
     found = entmax_steep.solve(x, tau, torch.where(steep, delta, 1.0), watch)
-    y = (0 * found.y[:, :1]).repeat(1, x.shape[-1]).scatter_(-1, found.order, found.y)  # NaN stays in all
+    y = (0 * found.y.narrow(-1, 0, 1)).repeat(1, x.shape[-1]).scatter_(-1, found.order, found.y)  # NaN stays in all
     if watch and checks.host_bool(steep.all()):
         return y, found.end
     flat_y, flat_end = _general(v, torch.where(steep, 1.0, delta), watch)
@@ -183,14 +183,14 @@ def _any(x: Tensor, v: Tensor, tau: Tensor | float, delta: Tensor, watch: bool) 
 def _steep(x: Tensor, tau: Tensor | float, delta: float, watch: bool) -> Chosen:
     """One α > 2 for all rows; narrowed to the support where that is worth it."""
     found = entmax_steep.solve(x, tau, delta, watch)
-    y = (0 * found.y[:, :1]).repeat(1, x.shape[-1]).scatter_(-1, found.order, found.y)  # NaN stays in all
+    y = (0 * found.y.narrow(-1, 0, 1)).repeat(1, x.shape[-1]).scatter_(-1, found.order, found.y)  # NaN stays in all
     width = 0
     if watch and x.shape[-1] >= WIDE and x.numel() > 0:
         width = checks.host_int(found.size.max())
         width = width if width <= 2 * _FEW * x.shape[-1] else 0
-    columns = found.order[:, :width]
+    columns = found.order.narrow(-1, 0, width)
     filled = torch.arange(width, device=x.device) < found.size
-    return Chosen(y, torch.where(filled, columns, found.order[:, :1]))
+    return Chosen(y, torch.where(filled, columns, found.order.narrow(-1, 0, 1)))
 
 
 def _narrow(x: Tensor, floor: Tensor) -> Tensor | None:  # (R, n), (R, 1) -> (R, K)

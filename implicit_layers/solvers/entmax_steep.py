@@ -44,7 +44,7 @@ def solve(x: Tensor, tau: Tensor | float, delta: Tensor | float, watch: bool) ->
     reach = _gaps(best, pivot, tau, delta) ** (1 / delta)
     inside = torch.arange(best.shape[-1], device=x.device) <= place
     w, y = _newton(reach, inside, place + 1, delta, watch)
-    end = (pivot - best[:, :1]) / tau - w**delta / delta
+    end = (pivot - best.narrow(-1, 0, 1)) / tau - w**delta / delta
     return Steep((y / y.sum(-1, keepdim=True)).to(x.dtype), order, place + 1, end.to(x.dtype))
 
 
@@ -67,7 +67,7 @@ def _gaps(upper: Tensor, lower: Tensor, tau: Tensor | float, delta: Tensor | flo
 def _last(best: Tensor, tau: Tensor | float, delta: Tensor | float) -> Tensor:
     """The place of the smallest entry of the support: the last with F(0) < 1."""
     width = best.shape[-1]
-    place = torch.zeros_like(best[:, :1], dtype=torch.long)
+    place = torch.zeros(best.shape[0], 1, dtype=torch.long, device=best.device)
     step = 1 << max(width.bit_length() - 1, 0)
     while step:
         later = place + step

@@ -416,6 +416,7 @@ PROJECTIONS = (
         ),
         fullgraph=False,
         fake_cuda=False,
+        syncs=(3, 0, 0),  # both answers of the solver are looked at
     ),
     _projection(
         "il.perturbed_argmax",
@@ -423,6 +424,7 @@ PROJECTIONS = (
         _perturbed,
         fullgraph=False,
         fake_cuda=False,
+        syncs=(2, 0, 0),  # the answers of the solver are looked at
         exceptions=dict.fromkeys(
             (
                 "`gradcheck`",

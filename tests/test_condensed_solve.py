@@ -517,6 +517,7 @@ def test_settings_are_checked() -> None:
     for bad in ({"precision": "half"}, {"form": "primal"}, {"check_every": -1}, {"check_every": 0, "form": "dual"}):
         with pytest.raises(ArgumentError):
             InteriorPoint(**bad)  # type: ignore[arg-type]
-    assert InteriorPoint().tolerance(torch.float32) == 1e-8
+    assert InteriorPoint().tolerance(torch.float64) == 1e-8
+    assert InteriorPoint().tolerance(torch.float32) == 2e-6  # the data are no better
     assert InteriorPoint(precision="native").tolerance(torch.float32) == 1e-5
     assert InteriorPoint(tol=1e-3).tolerance(torch.float64) == 1e-3

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(
@@ -29,6 +29,20 @@ TEST = [
     "setuptools>=70.1",  # a test builds the wheel
 ]
 
+# The compiled solver of small quadratic programs: without a C++ compiler the package installs without it, and works.
+# Which instructions it uses is chosen when it runs, so a wheel made on one processor is right on another.
+SOURCES = "implicit_layers/csrc"
+KERNEL = Extension(
+    "implicit_layers._kernel",
+    sources=[f"{SOURCES}/module.cpp"],
+    depends=[f"{SOURCES}/{name}.h" for name in ("adjoint", "factor", "kernel", "lanes", "programs", "solve")],
+    extra_compile_args=["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    + ["-Wno-psabi", "-pthread"],
+    extra_link_args=["-pthread"],
+    language="c++",
+    optional=True,
+)
+
 setup(
     name="implicit_layers",
     version=VERSION,
@@ -40,7 +54,8 @@ setup(
     keywords="pytorch implicit-differentiation quadratic-programming differentiable-optimization",
     python_requires=">=3.10",
     packages=find_packages(include=["implicit_layers", "implicit_layers.*"]),
-    package_data={"implicit_layers": ["py.typed"]},
+    package_data={"implicit_layers": ["py.typed", "csrc/*"]},
+    ext_modules=[KERNEL],
     install_requires=["torch>=2.6", "numpy>=1.24"],
     extras_require={
         "cvxpy": CVXPY,

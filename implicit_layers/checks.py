@@ -254,6 +254,15 @@ def poisoned(values: Tensor, good: Tensor) -> Tensor:
     return values + torch.where(good, 0.0, float("nan")).to(values.dtype)
 
 
+def plain(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors, whose numbers lie in memory as they are."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter) and t.layout is torch.strided and not t.is_neg() and not wrapped(t)
+        for t in tensors
+    )
+
+
 def readable(*tensors: Tensor) -> bool:
     """Whether the host may look at these values: not while tracing, under a functional transform, or without storage.
 

@@ -39,6 +39,14 @@ class Data(NamedTuple):
         """Keep the programs of `index`; what the batch shares stays shared."""
         return Data(*(_pick(field, index) for field in self))
 
+    def put(self, batch: int, index: Tensor, part: Data) -> Data:
+        """Replace the programs of `index`; bounds stay."""
+
+        def merge(old: Tensor, new: Tensor) -> Tensor:
+            return old.expand(batch, *old.shape[1:]).index_copy(0, index, new.expand(index.numel(), *new.shape[1:]))
+
+        return self._replace(Q=merge(self.Q, part.Q), p=merge(self.p, part.p), f=merge(self.f, part.f))
+
     def to(self, dtype: torch.dtype) -> Data:
         """Convert all tensors."""
         fields: list[Any] = [field.to(dtype) if isinstance(field, Tensor) else field for field in self]
@@ -62,6 +70,10 @@ class ActiveSet(NamedTuple):
 
     active: Tensor  # (N, m): 1 on rows that hold, else 0
     fixed: Tensor  # (N, n): +1 at ub, -1 at lb, 0 free
+
+    def take(self, index: Tensor) -> ActiveSet:
+        """Keep the programs of `index`."""
+        return ActiveSet(self.active[index], self.fixed[index])
 
 
 class Scaling(NamedTuple):

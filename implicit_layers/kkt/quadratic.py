@@ -48,6 +48,16 @@ class Factor(NamedTuple):
     scale: Tensor  # (*B, m): D, which gives the rows of D E Q⁻¹ Eᵀ D unit diagonal
     active: Tensor  # (*B, m): 1 on equality rows and active inequality rows, else 0
 
+    def put(self, batch: int, index: Tensor, part: Factor) -> Factor:
+        """Replace the factors of the programs `index`, all with one batch dimension; what both share stays shared."""
+
+        def merge(old: Tensor, new: Tensor) -> Tensor:
+            if old.shape[0] == 1 and new.shape[0] == 1 and batch > 1:
+                return old
+            return old.expand(batch, *old.shape[1:]).index_copy(0, index, new.expand(index.numel(), *new.shape[1:]))
+
+        return Factor(*map(merge, self, part))
+
 
 EVENT_NDIM = (2, 2, 2, 2, 1, 1)  # trailing dimensions of the fields of `Factor`
 

@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_layers import transforms
+from implicit_layers import checks, transforms
 from implicit_layers.errors import UnsupportedError
 from implicit_layers.kkt import quadratic
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.qp import operators
 from implicit_layers.qp.arguments import EVENT_NDIM, Program
 from implicit_layers.qp.run import KKT_EVENT_NDIM, Outcome, Settings, factor_event_ndim, run, solve_kkt
+from implicit_layers.solvers import compiled
 
 
 class _ReverseKKT(torch.autograd.Function):
@@ -151,6 +152,9 @@ class _ReverseQP(torch.autograd.Function):
         def work(*tensors: Tensor | None) -> list[Tensor | None]:
             *saved, g_z, g_nu, g_lam, g_bound = tensors
             Q, A, G, point, bound, outcome = _unpack(settings, saved)  # type: ignore[arg-type]
+            quick = _solved_by_the_kernel(settings, (Q, A, G), outcome, (g_z, g_nu, g_lam), needs, shapes)
+            if quick is not None:
+                return quick
             good = outcome.converged.unsqueeze(-1)
             rights = [
                 torch.zeros_like(like) if grad is None else torch.where(good, grad, 0.0)
@@ -212,6 +216,54 @@ def differentiable(settings: Settings, program: Program) -> Outcome:
     """Solve a batch of programs, differentiably."""
     function = _ReverseQP if torch.compiler.is_compiling() else _QP
     return Outcome.of(settings.gradient, function.apply(settings, *program))
+
+
+def _solved_by_the_kernel(
+    settings: Settings,
+    matrices: tuple[Tensor, Tensor, Tensor],
+    outcome: Outcome,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    shapes: Sequence[torch.Size],
+) -> list[Tensor | None] | None:
+    """The gradients of all data by the compiled kernel, where it may be used and nothing is degenerate."""
+    z, nu, lam, bound = outcome[:4]
+    if settings.solver.backend == "torch" or settings.gradient == "smoothed" or bound.shape[-1]:
+        return None
+    if len(outcome.factor) != len(quadratic.EVENT_NDIM) or not compiled.fits(*matrices) or torch.is_grad_enabled():
+        return None
+    if not checks.plain(*matrices, z, *(grad for grad in grads if grad is not None)):
+        return None
+    which = (needs[0], needs[2], needs[4])
+    adjoint = compiled.adjoint(
+        z.shape[:-1],
+        matrices,
+        (z, nu, lam),
+        grads,
+        quadratic.Factor(*outcome.factor),
+        outcome.degenerate,
+        outcome.converged,
+        (*which, needs[1]),
+    )
+    if adjoint is None:
+        return None
+    (v_z, v_nu, v_lam), (grad_Q, grad_A, grad_G, grad_p) = adjoint
+    own = [grad_Q, grad_A, grad_G]
+    shared = [need and grad is None for need, grad in zip(which, own, strict=True)]
+    if any(shared):
+        summed = _matrix_gradients((v_z, v_nu, v_lam), (z, nu, lam), shared, matrices)
+        own = [grad if new is None else new for grad, new in zip(own, summed, strict=True)]
+    vectors = ((1, grad_p), (3, v_nu), (5, v_lam))
+    grad_p, grad_b, grad_h = (
+        _summed(vector, shapes[i]) if needs[i] and vector is not None else None for i, vector in vectors
+    )
+    grad_Q, grad_A, grad_G = own
+    return [grad_Q, grad_p, grad_A, grad_b, grad_G, grad_h, None, None]
+
+
+def _summed(vector: Tensor, shape: torch.Size) -> Tensor:
+    """Sum over what is shared."""
+    return vector if vector.shape == shape else vector.sum_to_size(shape)
 
 
 def _unpack(

@@ -15,14 +15,15 @@ from implicit_layers.qp.run import Outcome, Settings
 from implicit_layers.solvers.interior_point import InteriorPoint
 
 _SETTINGS = (
-    "float? tol, int max_iter, int check_every, str precision, str form, str on_failure, str gradient, bool elastic"
+    "float? tol, int max_iter, int check_every, str precision, str form, str backend, str on_failure, str gradient, "
+    "bool elastic"
 )
 
 
 def _packed(settings: Settings) -> tuple[float | int | str | bool | None, ...]:
     """Settings as plain values."""
     solver = settings.solver
-    of_solver = (solver.tol, solver.max_iter, solver.check_every, solver.precision, solver.form)
+    of_solver = (solver.tol, solver.max_iter, solver.check_every, solver.precision, solver.form, solver.backend)
     return *of_solver, settings.on_failure, settings.gradient, settings.elastic
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from implicit_layers import checks, transforms
 from implicit_layers.eager import uncompiled
-from implicit_layers.errors import DegenerateGradientWarning, warn
+from implicit_layers.errors import DegenerateGradientWarning, NotPositiveDefiniteError, warn
 from implicit_layers.kkt import condensed, quadratic
 from implicit_layers.kkt.program import ActiveSet, Data, relative_residual
 from implicit_layers.qp.arguments import Program, refuse_values
 from implicit_layers.solution import Degeneracy, OnFailure, QPInfo, SolveInfo, Status, report_failure
+from implicit_layers.solvers import compiled
 from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT
 from implicit_layers.solvers.interior_point import InteriorPoint, QPResult
 
@@ -102,16 +103,22 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
     depend on how the programs were solved.
     """
     program = Program(*tensors)  # type: ignore[arg-type]
-    solver = settings.solver
+    solver, batch = settings.solver, program.batch
+    settled = _settled_by_the_kernel(settings, program, batch)
+    if settled is not None and settled.count == batch.numel():
+        return _outcome(settled, factor)
     if settings.synchronises and not settings.checked:
         refuse_values({name: t for name, t in zip(Program._fields, program, strict=True) if t is not None})
-    batch, dtype, n_eq = program.batch, program.p.dtype, program.b.shape[-1]
+    dtype, n_eq = program.p.dtype, program.b.shape[-1]
     bounded = program.lb is not None or program.ub is not None
     with transforms.full_precision(program.p.device):
         data = _flat(program, batch, dtype if solver.precision == "native" else torch.float64)
         if settings.elastic:
             data = data._replace(compliance=data.p.new_ones(1, 1).expand(1, data.E.shape[-2]))
-        data, result = _solve_despite_rounding(settings, data, batch, dtype)
+        if settled is not None and settled.count:
+            data, result = _solve_the_rest(settings, data, batch, dtype, settled)
+        else:
+            data, result = _solve_despite_rounding(settings, data, batch, dtype)
         z, y, bound = (t.to(dtype) for t in (result.z, result.y, result.bound))
         residual = result.info.residual
         if dtype != result.z.dtype:  # judge what is returned, not what was rounded away
@@ -155,6 +162,75 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
     return outcome
 
 
+def _settled_by_the_kernel(settings: Settings, program: Program, batch: torch.Size) -> compiled.Settled | None:
+    """What the compiled kernel can do, where it is wanted and may be used; NaN and infinities it leaves alone."""
+    Q, p, A, b, G, h, lb, ub = program
+    solver, dtype = settings.solver, p.dtype
+    if solver.backend == "torch" or not settings.synchronises or solver.form == "condensed" or settings.elastic:
+        return None
+    if settings.gradient == "smoothed" or lb is not None or ub is not None:
+        return None
+    if dtype == torch.float32 and solver.precision == "native":
+        return None
+    data = (Q, p, A, b, G, h)
+    if not compiled.fits(Q, A, G) or not batch.numel() or not checks.plain(*data):
+        return None
+    start = None if settings.begin is None else settings.begin.active
+    return compiled.solve(batch, data, tol=solver.tolerance(dtype), max_iter=solver.max_iter, start=start)
+
+
+def _outcome(settled: compiled.Settled, factor: bool) -> Outcome:
+    """The outcome where every problem is settled."""
+    z, nu, lam = settled[:3]
+    none = (z.new_empty(*z.shape[:-1], 0) for _ in range(3))
+    status = torch.zeros_like(settled.weak)
+    made = tuple(settled.factor) if factor else (settled.active, torch.zeros_like(z, dtype=settled.active.dtype))
+    return Outcome(
+        z,
+        nu,
+        lam,
+        *none,
+        settled.weak,
+        settled.condition,
+        status,
+        settled.done,
+        settled.iterations,
+        settled.residual,
+        (),
+        made,
+    )
+
+
+def _solve_the_rest(
+    settings: Settings, data: Data, batch: torch.Size, dtype: torch.dtype, settled: compiled.Settled
+) -> tuple[Data, QPResult]:
+    """Solve what the kernel left; see `_solve_despite_rounding`."""
+    count = batch.numel()
+
+    def flat(tensor: Tensor) -> Tensor:
+        return tensor.reshape(count, *tensor.shape[len(batch) :])
+
+    z, y = flat(settled.z).to(data.p.dtype), flat(torch.cat([settled.nu, settled.lam], dim=-1)).to(data.p.dtype)
+    done, zero = flat(settled.done), torch.zeros_like(z)
+    info = SolveInfo(flat(torch.zeros_like(settled.weak)), done, flat(settled.iterations), flat(settled.residual).to(z))
+    factor = quadratic.Factor(
+        *(quadratic.unexpand(t, k, batch) for t, k in zip(settled.factor, quadratic.EVENT_NDIM, strict=True))
+    )
+    result = QPResult(
+        z, y, zero, flat(settled.active), zero, factor, flat(settled.weak), flat(settled.condition).to(z), info
+    )
+    index = done.logical_not().nonzero().squeeze(-1)
+    part = data.take(index)
+    some = settings if settings.begin is None else settings._replace(begin=settings.begin.take(index))
+    try:
+        moved, rest = _solve_despite_rounding(some, part, torch.Size([index.numel()]), dtype)
+    except NotPositiveDefiniteError:
+        quadratic.convex(data.Q, batch, torch.finfo(dtype).eps)  # names the problem by its place in the whole batch
+        raise
+    data = data if moved is part else data.put(count, index, moved)
+    return data, result.put(data, index, rest)
+
+
 def _solve_despite_rounding(
     settings: Settings, data: Data, batch: torch.Size, dtype: torch.dtype
 ) -> tuple[Data, QPResult]:
@@ -180,7 +256,8 @@ def _solve_despite_rounding(
     if checks.host_bool(result.info.converged.all()):
         return data, result
     coarse = replace(solver, precision="native", form="auto").solve(data.to(dtype), count)
-    return data, _merged(data, result, coarse)
+    better = (coarse.info.converged & result.info.converged.logical_not()).nonzero().squeeze(-1)
+    return data, result.put(data, better, coarse.take(better))
 
 
 def _nearest(solver: InteriorPoint, data: Data, batch: int, result: QPResult, rounding: float, tol: float) -> Data:
@@ -208,28 +285,6 @@ def _nearest(solver: InteriorPoint, data: Data, batch: int, result: QPResult, ro
         if checks.host_bool(small.any()):
             data = data._replace(p=p + torch.where(small.unsqueeze(-1), end.z, 0.0))
     return data
-
-
-def _merged(data: Data, result: QPResult, coarse: QPResult) -> QPResult:
-    """Take what failed from a coarser result, where that did not."""
-    better = coarse.info.converged & result.info.converged.logical_not()
-
-    def merge(fine: Tensor, coarse: Tensor) -> Tensor:
-        where = better if fine.ndim == 1 else better.unsqueeze(-1)
-        return torch.where(where, coarse.to(fine.dtype), fine)
-
-    z, y, bound, active, fixed = (merge(a, b) for a, b in zip(result[:5], coarse[:5], strict=True))
-    return QPResult(
-        z,
-        y,
-        bound,
-        active,
-        fixed,
-        condensed.factorise(data, active, fixed),
-        merge(result.degenerate, coarse.degenerate),
-        merge(result.condition, coarse.condition),
-        SolveInfo(*(merge(a, b) for a, b in zip(result.info, coarse.info, strict=True))),
-    )
 
 
 def _derivative_at(

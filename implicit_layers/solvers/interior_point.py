@@ -20,7 +20,7 @@ from implicit_layers.errors import ArgumentError
 from implicit_layers.kkt import condensed, quadratic
 from implicit_layers.kkt.program import ActiveSet, Data, Program
 from implicit_layers.solution import Degeneracy, SolveInfo, Status
-from implicit_layers.solvers import active_set, central_point, condensed_solve, dual_path, infeasibility, optimal_face
+from implicit_layers.solvers import active_set, central_point, compiled, condensed_solve, dual_path, infeasibility, optimal_face
 from implicit_layers.solvers.central_point import BarrierPoint
 from implicit_layers.solvers.condensed_solve import Outcome
 
@@ -46,6 +46,32 @@ class QPResult(NamedTuple):
     condition: Tensor  # (N,): estimated condition of the scaled KKT system on the active set; inf where singular
     info: SolveInfo
 
+    def put(self, data: Data, index: Tensor, part: QPResult) -> QPResult:
+        """Replace what was found for the programs `index` of `data`; factors of two forms all become condensed ones."""
+
+        def merge(old: Tensor, new: Tensor) -> Tensor:
+            return old.index_copy(0, index, new.to(old.dtype))
+
+        z, y, bound, active, fixed = (merge(a, b) for a, b in zip(self[:5], part[:5], strict=True))
+        if isinstance(self.factor, quadratic.Factor) and isinstance(part.factor, quadratic.Factor):
+            factor: quadratic.Factor | condensed.Factor = self.factor.put(self.z.shape[0], index, part.factor)
+        else:
+            factor = condensed.factorise(data, active, fixed)
+        info = SolveInfo(*(merge(a, b) for a, b in zip(self.info, part.info, strict=True)))
+        degenerate, condition = merge(self.degenerate, part.degenerate), merge(self.condition, part.condition)
+        return QPResult(z, y, bound, active, fixed, factor, degenerate, condition, info)
+
+    def take(self, index: Tensor) -> QPResult:
+        """Keep the programs of `index`, but for the factor, which stays whole."""
+        first = (field[index] for field in self[:5])
+        return QPResult(
+            *first,
+            self.factor,
+            self.degenerate[index],
+            self.condition[index],
+            SolveInfo(*(field[index] for field in self.info)),
+        )
+
 
 @dataclass(frozen=True)
 class InteriorPoint:
@@ -63,6 +89,9 @@ class InteriorPoint:
             form, no search for certificates of infeasibility.
         precision: "mixed": solve in float64 whatever the data; "native": solve float32 data in float32.
         form: "dual", "condensed", or "auto" by kind and shape.
+        backend: "torch"; "compiled", the kernel for small and medium programs on the CPU, an error where the package
+            was built without one; "auto", the kernel where there is one. What it does not settle, and programs that it
+            is not made for, go to the tensors of PyTorch; both give the same answers.
 
     Raises: ArgumentError, ArgumentTypeError: a setting is out of its range.
     Cost:   an iteration is one Cholesky factorisation of an (n_ineq, n_ineq) matrix a program in the dual form, of an
@@ -74,6 +103,7 @@ class InteriorPoint:
     check_every: int = 1
     precision: Literal["mixed", "native"] = "mixed"
     form: Literal["auto", "dual", "condensed"] = "auto"
+    backend: Literal["auto", "compiled", "torch"] = "auto"
 
     def __post_init__(self) -> None:
         checks.stopping(self.tol, self.max_iter)
@@ -81,11 +111,15 @@ class InteriorPoint:
         for name, value, among in (
             ("precision", self.precision, ("mixed", "native")),
             ("form", self.form, ("auto", "dual", "condensed")),
+            ("backend", self.backend, ("auto", "compiled", "torch")),
         ):
             if value not in among:
                 raise ArgumentError(f"{name} must be one of {among}, got {value!r}")
         if self.check_every == 0 and self.form == "dual":
             raise ArgumentError("form='dual' asks the host how far it is; with check_every=0 use form='condensed'")
+
+        if self.backend == "compiled":
+            compiled.required()
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Give the tolerance for data of a dtype: no smaller than what their own rounding leaves of a residual."""
@@ -167,24 +201,7 @@ class InteriorPoint:
         better = better | (~result.info.converged[index] & (again.info.status != int(Status.NOT_CONVERGED)))
         if not checks.host_bool(better.any()):
             return result
-        to = index[better]
-
-        def merge(old: Tensor, new: Tensor) -> Tensor:
-            return old.index_copy(0, to, new[better])
-
-        active = merge(result.active, again.active)
-        factor = condensed.factorise(data, active, torch.zeros_like(result.z))
-        return QPResult(
-            merge(result.z, again.z),
-            merge(result.y, again.y),
-            result.bound,
-            active,
-            result.fixed,
-            factor,
-            merge(result.degenerate, again.degenerate),
-            merge(result.condition, again.condition),
-            SolveInfo(*(merge(a, b) for a, b in zip(result.info, again.info, strict=True))),
-        )
+        return result.put(data, index[better], again.take(better))
 
     def _solve_condensed(self, data: Data, batch: int, begin: ActiveSet | None = None) -> QPResult:
         """Solve in the condensed form."""

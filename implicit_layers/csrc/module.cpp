@@ -1,0 +1,262 @@
+// The Python module `implicit_layers._kernel`: functions that take addresses, and threads to share the programs.
+//
+//     solve(…)     writes the answers of the programs that it could settle; returns how many those are
+//     adjoint(…)   solves the linear system of the derivative; returns whether all programs allow it
+//     describe()   which instructions it uses, and how many programs go side by side
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+#include "programs.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx2,fma,bmi2")
+#define TARGET avx512
+#define LANES 8
+#include "kernel.h"
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi2")
+#define TARGET avx2
+#define LANES 4
+#include "kernel.h"
+#pragma GCC pop_options
+#endif
+#define TARGET basic
+#define LANES 2
+#include "kernel.h"
+
+namespace implicit_layers {
+
+double* Room::take(unsigned long doubles) {
+    if (doubles > size) {
+        double* larger = static_cast<double*>(aligned_alloc(64, (doubles * sizeof(double) + 63) / 64 * 64));
+        if (!larger) throw std::bad_alloc();
+        for (unsigned long i = 0; i < size; ++i) larger[i] = memory[i];
+        free(memory);
+        memory = larger;
+        size = doubles;
+    }
+    return memory;
+}
+
+static Kernel choose() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("fma"))
+        return avx512::kernel("avx512");
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernel("avx2");
+#endif
+    return basic::kernel("basic");
+}
+
+static const Kernel KERNEL = choose();
+
+// Threads that wait for work. Programs are shared by groups of lanes, so an answer does not depend on who computed it.
+class Team {
+   public:
+    void work(Work what, const void* task, long groups, int threads) {
+        std::unique_lock<std::mutex> turn(turn_);  // one call after the other
+        static long calls = 0;
+        const long call = ++calls;
+        next_ = 0;
+        what_ = what, task_ = task, groups_ = groups, call_ = call;
+        const int helpers = int(threads < groups ? threads : groups) - 1;
+        while (int(helpers_.size()) < helpers) {
+            const int number = int(helpers_.size());
+            helpers_.emplace_back(&Team::wait, this, number, round_);
+        }
+        if (helpers > 0) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            invited_ = helpers;
+            busy_ = helpers;
+            ++round_;
+            start_.notify_all();
+        }
+        take(own_);
+        if (helpers > 0) {
+            std::unique_lock<std::mutex> lock(mutex_);
+            end_.wait(lock, [this] { return busy_ == 0; });
+        }
+        if (failed_.exchange(false)) throw std::bad_alloc();
+    }
+
+   private:
+    void take(Room& room) {
+        try {
+            room.current = call_;
+            for (long group = next_++; group < groups_; group = next_++) what_(task_, group, room);
+        } catch (const std::bad_alloc&) {
+            failed_ = true;
+        }
+    }
+
+    void wait(int number, long seen) {
+        Room room;
+        while (true) {
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                start_.wait(lock, [&] { return round_ != seen; });
+                seen = round_;
+                if (number >= invited_) continue;
+            }
+            take(room);
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (--busy_ == 0) end_.notify_one();
+        }
+    }
+
+    std::mutex turn_, mutex_;
+    std::condition_variable start_, end_;
+    std::vector<std::thread> helpers_;
+    std::atomic<long> next_{0};
+    std::atomic<bool> failed_{false};
+    Room own_;
+    Work what_ = nullptr;
+    const void* task_ = nullptr;
+    long groups_ = 0, call_ = 0, round_ = 0;
+    int invited_ = 0, busy_ = 0;
+};
+
+static Team* team = nullptr;
+
+static void work(Work what, const void* task, long batch, int threads) {
+    if (!team) team = new Team();  // never deleted: its threads wait until the process ends
+    team->work(what, task, (batch + KERNEL.lanes - 1) / KERNEL.lanes, threads < 1 ? 1 : threads);
+}
+
+// Arguments come as one row of whole numbers: sizes, steps and addresses, in the order of the structures.
+class Numbers {
+   public:
+    Numbers(PyObject* const* arguments, Py_ssize_t count) : next_(arguments), end_(arguments + count) {}
+    long long number() {
+        if (next_ == end_) {
+            short_ = true;
+            return 0;
+        }
+        return PyLong_AsLongLong(*next_++);
+    }
+    template <class P>
+    void address(P& to) {
+        to = reinterpret_cast<P>(number());
+    }
+    double real() { return next_ == end_ ? (short_ = true, 0.0) : PyFloat_AsDouble(*next_++); }
+    bool fine() {
+        if (PyErr_Occurred()) return false;
+        if (short_ || next_ != end_) {
+            PyErr_SetString(PyExc_TypeError, "wrong number of arguments");
+            return false;
+        }
+        return true;
+    }
+
+   private:
+    PyObject* const* next_;
+    PyObject* const* end_;
+    bool short_ = false;
+};
+
+static void read_data(Numbers& in, Data& d) {
+    d.batch = in.number(), d.n = in.number(), d.n_eq = in.number(), d.n_ineq = in.number();
+    in.address(d.Q), in.address(d.p), in.address(d.A), in.address(d.b), in.address(d.G), in.address(d.h);
+    d.step_Q = in.number(), d.step_p = in.number(), d.step_A = in.number();
+    d.step_b = in.number(), d.step_G = in.number(), d.step_h = in.number();
+}
+
+static bool finish(Work what, const void* task, long batch, int threads) {
+    bool full = false;
+    Py_BEGIN_ALLOW_THREADS;
+    try {
+        work(what, task, batch, threads);
+    } catch (const std::bad_alloc&) {
+        full = true;
+    }
+    Py_END_ALLOW_THREADS;
+    if (full) PyErr_NoMemory();
+    return !full;
+}
+
+static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    Numbers in(arguments, count);
+    Solve task;
+    const bool is_float = in.number() != 0;
+    const int threads = int(in.number());
+    read_data(in, task.data);
+    in.address(task.start);
+    task.tol = in.real();
+    task.max_iter = in.number();
+    in.address(task.z), in.address(task.nu), in.address(task.lam), in.address(task.residual), in.address(task.condition);
+    in.address(task.chol_q), in.address(task.chol_eq), in.address(task.across), in.address(task.chol_ineq);
+    in.address(task.scale), in.address(task.active);
+    in.address(task.iterations), in.address(task.weak), in.address(task.settled);
+    if (!in.fine()) return nullptr;
+    const long batch = task.data.batch;
+    for (long b = 0; b < batch; ++b) task.settled[b] = 0;
+    if (!finish(is_float ? KERNEL.solve_float : KERNEL.solve_double, &task, batch, threads)) return nullptr;
+    long settled = 0;
+    for (long b = 0; b < batch; ++b) settled += task.settled[b];
+    return PyLong_FromLong(settled);
+}
+
+static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    Numbers in(arguments, count);
+    Adjoint task;
+    const bool is_float = in.number() != 0;
+    const int threads = int(in.number());
+    read_data(in, task.data);
+    in.address(task.chol_q), in.address(task.chol_eq), in.address(task.across), in.address(task.chol_ineq);
+    in.address(task.scale), in.address(task.active);
+    task.step_chol_q = in.number(), task.step_chol_eq = in.number(), task.step_across = in.number();
+    task.step_scale = in.number();
+    in.address(task.z), in.address(task.nu), in.address(task.lam);
+    in.address(task.g_z), in.address(task.g_nu), in.address(task.g_lam);
+    task.step_g_z = in.number(), task.step_g_nu = in.number(), task.step_g_lam = in.number();
+    in.address(task.v_z), in.address(task.v_nu), in.address(task.v_lam);
+    in.address(task.d_Q), in.address(task.d_A), in.address(task.d_G), in.address(task.d_p);
+    const signed char* degenerate;
+    const unsigned char* converged;
+    in.address(degenerate), in.address(converged);
+    if (!in.fine()) return nullptr;
+    const long batch = task.data.batch;
+    for (long b = 0; b < batch; ++b)
+        if (degenerate[b] || !converged[b]) Py_RETURN_FALSE;
+    if (!finish(is_float ? KERNEL.adjoint_float : KERNEL.adjoint_double, &task, batch, threads)) return nullptr;
+    Py_RETURN_TRUE;
+}
+
+static PyObject* describe(PyObject*, PyObject*) { return Py_BuildValue("(si)", KERNEL.name, KERNEL.lanes); }
+
+static PyMethodDef METHODS[] = {
+    {"solve", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(solve)), METH_FASTCALL, nullptr},
+    {"adjoint", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(adjoint)), METH_FASTCALL, nullptr},
+    {"describe", describe, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+static PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_kernel", nullptr, -1, METHODS, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace implicit_layers
+
+PyMODINIT_FUNC PyInit__kernel(void) {
+#if !defined(_WIN32)
+    // a forked child has none of the threads: it makes its own, and leaves the parent's record of them alone
+    pthread_atfork(nullptr, nullptr, [] { implicit_layers::team = nullptr; });
+#endif
+    return PyModule_Create(&implicit_layers::MODULE);
+}

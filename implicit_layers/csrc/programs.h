@@ -1,0 +1,59 @@
+// What a call works on: batches of programs in memory, and what is to be written of each. Shared by all instruction sets.
+//
+//     min ½ zᵀQz + pᵀz   subject to   A z = b,   G z ≤ h
+//
+// Matrices are row by row; a step of 0 from one program to the next means that all share the matrix.
+#pragma once
+
+namespace implicit_layers {
+
+struct Data {
+    const char *Q, *p, *A, *b, *G, *h;                        // of the type of the data
+    long step_Q, step_p, step_A, step_b, step_G, step_h;      // in elements
+    long batch, n, n_eq, n_ineq;
+};
+
+struct Solve {
+    Data data;
+    const double* start;  // (batch, n_eq + n_ineq) active rows to try first, or none
+    double tol;
+    long max_iter;
+    char *z, *nu, *lam, *residual, *condition;                // of the type of the data
+    double *chol_q, *chol_eq, *across, *chol_ineq, *scale;    // (1, …) where all of what it depends on is shared
+    double* active;                                           // (batch, n_eq + n_ineq)
+    long long* iterations;
+    signed char* weak;
+    unsigned char* settled;
+};
+
+struct Adjoint {
+    Data data;  // without p, b, h
+    const double *chol_q, *chol_eq, *across, *chol_ineq, *scale, *active;
+    long step_chol_q, step_chol_eq, step_across, step_scale;  // 0 or the size of one
+    const char *z, *nu, *lam;
+    const char *g_z, *g_nu, *g_lam;                           // none: zero
+    long step_g_z, step_g_nu, step_g_lam;
+    char *v_z, *v_nu, *v_lam;                                 // K v = g
+    char *d_Q, *d_A, *d_G, *d_p;                              // none: not wanted
+};
+
+// Work on programs `first` … `first` + (number of lanes); `room` is this thread's own memory.
+struct Room;
+typedef void (*Work)(const void* task, long group, Room& room);
+
+struct Kernel {
+    const char* name;
+    int lanes;
+    Work solve_double, solve_float, adjoint_double, adjoint_float;
+};
+
+// A thread's memory, kept from call to call.
+struct Room {
+    double* memory = nullptr;
+    unsigned long size = 0;   // in doubles
+    long call = -1;           // the call whose shared matrices have been factored here
+    long current = 0;
+    double* take(unsigned long doubles);
+};
+
+}  // namespace implicit_layers

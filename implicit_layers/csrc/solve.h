@@ -1,0 +1,563 @@
+// The dual form, one program a lane: the same steps as `solvers/dual_path.py` and `solvers/active_set.py`, which say why.
+// Programs that need more than these steps (dependent rows, no solution, a hard path) are left to them.
+
+constexpr double EPS = 2.220446049250313e-16;
+constexpr double TINY = 2.2250738585072014e-308;
+constexpr double BEST = 1e-12;    // a residual above it is not good enough here
+constexpr long LONG_PATH = 20;    // iterations after which another form may do better
+constexpr double WEAK = 1e-11;
+constexpr double TO_BOUNDARY = 0.995;
+constexpr double SHORTEST = 1e-8;
+
+struct Phase {
+    double measure, sign_tol;
+    int refine;
+    bool balanced;
+};
+constexpr Phase PHASES[] = {{1e-3, 1e-14, 1, true}, {1e-6, 1e-14, 1, false}, {1e-9, 1e-13, 2, true}, {1e-12, 1e-12, 4, false}};
+
+template <int W, class T>
+class Group {
+    typedef Number<W> V;
+    typedef Mask<W> M;
+
+   public:
+    Group(const Solve& task, long group, Room& room)
+        : task(task), d(task.data), n(d.n), p(d.n_eq), m(d.n_ineq), rows(p + m), first(group * W) {
+        used = d.batch - first < W ? int(d.batch - first) : W;
+        share_q = d.step_Q == 0;
+        share_rows = (p == 0 || d.step_A == 0) && (m == 0 || d.step_G == 0);
+        const long sizes[] = {n * n, (n + rows) * n, rows * n, rows * rows, m * m, m * m};
+        const long vectors = 6 * n + 14 * rows + 24 * m + 8;
+        unsigned long total = vectors;
+        for (long size : sizes) total += size;
+        V* at = reinterpret_cast<V*>(room.take(total * W));
+        auto part = [&](long count) {
+            V* mine = at;
+            at += count;
+            return mine;
+        };
+        Q = part(n * n), tall = part((n + rows) * n), E = part(rows * n), S = part(rows * rows), R = part(m * m), K = part(m * m);
+        inv_q = part(n), half = part(n), cost = part(n), z = part(n), gradient = part(n), work = part(n);
+        f = part(rows), scale = part(rows), touches = part(rows), reach = part(rows), violation = part(rows), inv_eq = part(rows);
+        active = part(rows), dual = part(rows), step = part(rows), image = part(rows), y = part(rows), corrected = part(rows);
+        right = part(rows), spare = part(rows);
+        w = part(m), lam = part(m), s = part(m), off = part(m), inv_k = part(m), inv_lam = part(m), inv_s = part(m);
+        d_lam = part(m), d_s = part(m), correction = part(m), compact = part(m);
+        flags = part(8);
+        index = reinterpret_cast<long long*>(part(m));
+        H = tall + n * n;
+        ready = room.call == room.current;
+        room.call = room.current;
+    }
+
+    void run() {
+        read_vectors();
+        set_up();
+        alive = lane_numbers() < all<M>(used);
+        alive &= fit;
+        iterations = all<V>(0.0);
+        V* guess = active;
+        if (task.start) {
+            for (long i = 0; i < rows; ++i)
+                for (int l = 0; l < W; ++l) guess[i][l] = task.start[program(l) * rows + i];
+            settle(1e-14, 1, 4);
+        }
+        if (!any(alive)) return;
+        if (m == 0) {
+            equalities_only();
+            settle(0.0, 3, 1);
+            return;
+        }
+        measure_violation();
+        const M later = alive & ~inside;
+        alive &= inside;
+        if (any(alive)) {
+            equalities_only();
+            settle(1e-12, 1, 4);
+        }
+        alive |= later;
+        if (!any(alive)) return;
+        begin();
+        for (const Phase& phase : PHASES) {
+            advance(phase.measure);
+            alive &= iterations <= all<V>(double(LONG_PATH));
+            if (!any(alive)) return;
+            guess_active(phase.balanced);
+            settle(phase.sign_tol, phase.refine, 4);
+            if (!any(alive)) return;
+        }
+    }
+
+   private:
+    const Solve& task;
+    const Data& d;
+    const long n, p, m, rows, first;
+    int used;
+    bool share_q, share_rows, ready;
+    V *Q, *tall, *E, *S, *R, *K, *H;
+    V *inv_q, *half, *cost, *z, *gradient, *work;
+    V *f, *scale, *touches, *reach, *violation, *inv_eq, *active, *dual, *step, *image, *y, *corrected, *right, *spare;
+    V *w, *lam, *s, *off, *inv_k, *inv_lam, *inv_s, *d_lam, *d_s, *correction, *compact, *flags;
+    long long* index;  // (k, W): the active inequality rows of each lane, -1 where there are no more
+    M alive, fit, inside, stuck;
+    V iterations, free_norm, unit, length, pull_size, curve_size, cost_size;
+
+    M lane_numbers() const {
+        M result;
+        for (int l = 0; l < W; ++l) result[l] = l;
+        return result;
+    }
+    long program(int lane) const { return first + (lane < used ? lane : used - 1); }
+
+    void read(V* to, const char* from, long step_, long count) {
+        const T* in[W];
+        for (int l = 0; l < W; ++l) in[l] = reinterpret_cast<const T*>(from) + step_ * program(l);
+        load<W, T>(to, in, count);
+    }
+
+    void read_vectors() {
+        read(cost, d.p, d.step_p, n);
+        if (p) read(f, d.b, d.step_b, p);
+        if (m) read(f + p, d.h, d.step_h, m);
+    }
+
+    // Factor what belongs to the matrices; what all programs share once a thread and call.
+    void set_up() {
+        const bool old_q = ready && share_q, old = old_q && share_rows, old_rows = ready && share_rows;
+        if (!old_q) {
+            read(Q, d.Q, d.step_Q, n * n);
+            for (long i = 0; i < n; ++i)
+                for (long j = 0; j <= i; ++j) Q[i * n + j] = Q[j * n + i] = 0.5 * Q[i * n + j] + 0.5 * Q[j * n + i];
+            for (long i = 0; i < n; ++i)
+                for (long j = 0; j <= i; ++j) tall[i * n + j] = Q[i * n + j];
+            for (long i = 0; i < n; ++i) work[i] = 10.0 * n * EPS * magnitude(Q[i * n + i]);
+        }
+        if (!old_rows) {
+            if (p) read(E, d.A, d.step_A, p * n);
+            if (m) read(E + p * n, d.G, d.step_G, m * n);
+            for (long i = 0; i < rows; ++i) reach[i] = root(inner(E + i * n, E + i * n, n));
+        }
+        if (!old) {
+            for (long i = 0; i < rows * n; ++i) H[i] = E[i];
+            M definite = factorise<V, M>(tall, n, n, n + rows, old_q ? n : 0, inv_q, work, 1);
+            if (old_q) definite = as_mask(flags[0]);
+            flags[0] = as_number(definite);
+            for (long i = 0; i < rows; ++i) {
+                V* row = H + i * n;
+                const V size = root(inner(row, row, n));
+                touches[i] = size > 0.0 ? all<V>(1.0) : all<V>(0.0);
+                scale[i] = 1.0 / (size > 0.0 ? size : all<V>(1.0));
+                for (long j = 0; j < n; ++j) row[j] *= scale[i];
+            }
+            gram(S, rows, H, n, rows, n, false);
+            const V floor = all<V>(16.0 * p * EPS);
+            const M independent = factorise<V, M>(S, rows, p, rows, 0, inv_eq, &floor, 0);
+            flags[1] = as_number(independent);
+            for (long i = 0; i < m; ++i)
+                for (long j = 0; j < m && j < i + 4; ++j) R[i * m + j] = S[(p + i) * rows + p + j];
+            if (p) gram(R, m, S + p * rows, rows, m, p, true);
+            for (long i = 0; i < m; ++i)
+                for (long j = i + 1; j < m; ++j) R[i * m + j] = R[j * m + i];
+            V high = all<V>(0.0), low = all<V>(1.0 / 0.0);
+            pivots(tall, n, n, high, low);
+            flags[2] = high / low;
+            high = all<V>(0.0), low = all<V>(1.0 / 0.0);
+            pivots(S, rows, p, high, low);
+            flags[3] = p ? high / low : all<V>(1.0);
+        }
+        fit = as_mask(flags[0]) & as_mask(flags[1]);
+        for (long i = 0; i < n; ++i) half[i] = -cost[i];
+        forward(tall, n, inv_q, n, half);
+        free_norm = root(inner(half, half, n));
+        multiply(violation, H, n, rows, n, half);
+        for (long i = 0; i < rows; ++i) {
+            const V side = scale[i] * f[i], away = violation[i] - side;
+            const V rounding = 32.0 * EPS * (magnitude(side) + touches[i] * free_norm);
+            violation[i] = magnitude(away) <= rounding ? all<V>(0.0) : away;
+        }
+    }
+
+    static V as_number(M mask) { return mask ? all<V>(1.0) : all<V>(0.0); }
+    static M as_mask(V number) { return number > 0.5; }
+    static void pivots(const V* factor, long ld, long count, V& high, V& low) {
+        for (long i = 0; i < count; ++i) {
+            const V pivot = factor[i * ld + i] * factor[i * ld + i];
+            high = largest(pivot, high);
+            low = pivot < low ? pivot : low;
+        }
+    }
+
+    void equalities_only() {
+        for (long i = 0; i < rows; ++i) active[i] = all<V>(i < p ? 1.0 : 0.0);
+    }
+
+    void measure_violation() {  // of the inequalities at the minimum on the equalities, in units of the largest
+        for (long i = 0; i < p; ++i) spare[i] = violation[i];
+        forward(S, rows, inv_eq, p, spare);
+        multiply(w, S + p * rows, rows, m, p, spare);
+        V worst = all<V>(0.0);
+        for (long i = 0; i < m; ++i) {
+            w[i] -= violation[p + i];
+            worst = largest(-w[i], worst);
+        }
+        inside = worst <= 0.0;
+        unit = worst > 0.0 ? worst : all<V>(1.0);
+        const V shrink = 1.0 / unit;
+        for (long i = 0; i < m; ++i) w[i] *= shrink;
+        stuck = all<V>(0.0) != all<V>(0.0);
+    }
+
+    void begin() {
+        const V zero = all<V>(0.0), one = all<V>(1.0);
+        for (long i = 0; i < m; ++i) {
+            for (long j = 0; j < i; ++j) K[i * m + j] = R[i * m + j];
+            K[i * m + i] = R[i * m + i] + 1.0;
+            d_lam[i] = -(w[i] < 1.0 ? w[i] : one);
+        }
+        const V floor = zero;
+        factorise<V, M>(K, m, m, m, 0, inv_k, &floor, 0);
+        forward(K, m, inv_k, m, d_lam);
+        backward(K, m, inv_k, m, d_lam);
+        V highest = zero;
+        for (long i = 0; i < m; ++i) highest = largest(d_lam[i], highest);
+        const V margin = highest > 0.0 ? highest : one;
+        for (long i = 0; i < m; ++i) {
+            const V near = w[i] < 1.0 ? w[i] : one;
+            s[i] = largest(-d_lam[i], zero) + margin + (w[i] - near);
+            lam[i] = largest(d_lam[i], zero) + margin * (margin / s[i]);
+        }
+        multiply(off, R, m, m, m, lam);
+        for (long i = 0; i < m; ++i) off[i] += w[i] - s[i];
+    }
+
+    void advance(double target) {
+        while (true) {
+            V measure = inner(lam, s, m) * (1.0 / m), apart = all<V>(0.0);
+            for (long i = 0; i < m; ++i)
+                apart = largest(magnitude(off[i]) / largest(s[i], all<V>(1.0)), apart);
+            const M reached = (measure <= target) & (apart <= 1e-2 * __builtin_sqrt(target));
+            const M running = alive & ~reached & ~stuck & (iterations < all<V>(double(task.max_iter)));
+            if (!any(running)) return;
+            take_step(measure, running);
+            iterations = running ? iterations + 1.0 : iterations;
+        }
+    }
+
+    V longest() const {  // step to the boundary of λ, s ≥ 0
+        V steepest = all<V>(TINY);
+        for (long i = 0; i < m; ++i) {
+            steepest = largest(-d_lam[i] * inv_lam[i], steepest);
+            steepest = largest(-d_s[i] * inv_s[i], steepest);
+        }
+        return 1.0 / steepest;
+    }
+
+    void take_step(V measure, M running) {
+        const V zero = all<V>(0.0), one = all<V>(1.0);
+        for (long i = 0; i < m; ++i) {
+            inv_lam[i] = 1.0 / lam[i];
+            inv_s[i] = 1.0 / s[i];
+            for (long j = 0; j < i; ++j) K[i * m + j] = R[i * m + j];
+            K[i * m + i] = R[i * m + i] + s[i] * inv_lam[i];
+            d_lam[i] = -s[i] - off[i];
+        }
+        const M positive = factorise<V, M>(K, m, m, m, 0, inv_k, &zero, 0);
+        forward(K, m, inv_k, m, d_lam);
+        for (long i = 0; i < m; ++i) compact[i] = d_lam[i];  // L⁻¹ of the first right-hand side serves the second too
+        backward(K, m, inv_k, m, d_lam);
+        for (long i = 0; i < m; ++i) d_s[i] = -s[i] - s[i] * inv_lam[i] * d_lam[i];
+        V move = longest();
+        move = move < 1.0 ? move : one;
+        V affine = zero;
+        for (long i = 0; i < m; ++i) affine += (lam[i] + move * d_lam[i]) * (s[i] + move * d_s[i]);
+        affine *= 1.0 / m;
+        const V share = affine / measure, centre = share * share * share * measure;
+        for (long i = 0; i < m; ++i) correction[i] = d_lam[i] = (centre - d_lam[i] * d_s[i]) * inv_lam[i];
+        forward(K, m, inv_k, m, d_lam);
+        for (long i = 0; i < m; ++i) d_lam[i] += compact[i];
+        backward(K, m, inv_k, m, d_lam);
+        for (long i = 0; i < m; ++i) d_s[i] = correction[i] - s[i] - s[i] * inv_lam[i] * d_lam[i];
+        V reachable = TO_BOUNDARY * longest();
+        reachable = reachable < 1.0 ? reachable : one;
+        V sum = zero;
+        for (long i = 0; i < m; ++i) sum += d_lam[i] * 0.0;
+        const M good = positive & (reachable > SHORTEST) & (sum == 0.0);
+        const M moving = running & good;
+        for (long i = 0; i < m; ++i) {
+            lam[i] = moving ? lam[i] + reachable * d_lam[i] : lam[i];
+            s[i] = moving ? s[i] + reachable * d_s[i] : s[i];
+            off[i] = moving ? (1.0 - reachable) * off[i] : off[i];
+        }
+        stuck |= running & ~good;
+    }
+
+    void guess_active(bool balanced) {
+        V duals = all<V>(balanced ? 0.0 : 1.0), slacks = duals;
+        for (long i = 0; i < m; ++i) {
+            duals = largest(lam[i], duals);
+            slacks = largest(s[i] < 1.0 ? s[i] : all<V>(1.0), slacks);
+        }
+        for (long i = 0; i < p; ++i) active[i] = all<V>(1.0);
+        for (long i = 0; i < m; ++i) active[p + i] = lam[i] * slacks > s[i] * duals ? all<V>(1.0) : all<V>(0.0);
+    }
+
+    // The factor of R on the active rows, those of each lane moved together: K, k x k.
+    long factorise_active(M& independent) {
+        long count = 0;
+        long sizes[W];
+        for (int l = 0; l < W; ++l) {
+            long k = 0;
+            if (alive[l])
+                for (long i = 0; i < m; ++i)
+                    if (active[p + i][l] > 0.0) index[k++ * W + l] = i;
+            sizes[l] = k;
+            count = k > count ? k : count;
+        }
+        for (int l = 0; l < W; ++l)
+            for (long k = sizes[l]; k < count; ++k) index[k * W + l] = -1;
+        const double* from = reinterpret_cast<const double*>(R);
+        for (long a = 0; a < count; ++a)
+            for (long b = 0; b <= a; ++b) {
+                V entry = all<V>(a == b ? 1.0 : 0.0);
+                for (int l = 0; l < W; ++l) {
+                    const long long i = index[a * W + l];
+                    if (i >= 0) entry[l] = from[(i * m + index[b * W + l]) * W + l];
+                }
+                K[a * m + b] = entry;
+            }
+        const V floor = all<V>(16.0 * m * EPS);
+        independent = factorise<V, M>(K, m, count, count, 0, inv_k, &floor, 0);
+        return count;
+    }
+
+    // Solve with the Schur complement on the active rows, in scaled units; in place, inactive rows give zero.
+    void schur_solve(V* x, long count) {
+        forward(S, rows, inv_eq, p, x);
+        if (p) {
+            multiply(spare, S + p * rows, rows, m, p, x);
+            for (long i = 0; i < m; ++i) x[p + i] -= spare[i];
+        }
+        for (long a = 0; a < count; ++a)
+            for (int l = 0; l < W; ++l) {
+                const long long i = index[a * W + l];
+                compact[a][l] = i >= 0 ? x[p + i][l] : 0.0;
+            }
+        forward(K, m, inv_k, count, compact);
+        backward(K, m, inv_k, count, compact);
+        for (long i = 0; i < m; ++i) x[p + i] = all<V>(0.0);
+        for (long a = 0; a < count; ++a)
+            for (int l = 0; l < W; ++l) {
+                const long long i = index[a * W + l];
+                if (i >= 0) x[p + i][l] = compact[a][l];
+            }
+        if (p) {
+            multiply_transposed(spare, S + p * rows, rows, m, p, x + p);
+            for (long i = 0; i < p; ++i) x[i] -= spare[i];
+            backward(S, rows, inv_eq, p, x);
+        }
+    }
+
+    void take_image() {  // of z and the duals: Qz + p + Eᵀy, Ez and the length of z
+        for (long i = 0; i < rows; ++i) y[i] = scale[i] * dual[i];
+        multiply(gradient, Q, n, n, n, z);
+        length = inner(gradient, z, n);
+        length = root(largest(length, all<V>(0.0)));
+        curve_size = pull_size = cost_size = all<V>(0.0);
+        multiply_transposed(work, E, n, rows, n, y);
+        for (long i = 0; i < n; ++i) {
+            curve_size = largest(magnitude(gradient[i]), curve_size);
+            pull_size = largest(magnitude(work[i]), pull_size);
+            cost_size = largest(magnitude(cost[i]), cost_size);
+            gradient[i] += cost[i] + work[i];
+        }
+        multiply(image, E, n, rows, n, z);
+    }
+
+    static V ratio(V value, V size) {  // NaN stays NaN
+        return value == 0.0 ? all<V>(0.0) : value / (size > TINY ? size : all<V>(TINY));
+    }
+    static V worst(V a, V b) { return (a > b) | (a != a) ? a : b; }  // a NaN wins
+
+    V relative_residual() {
+        for (long i = 0; i < n; ++i) work[i] = gradient[i];
+        forward(tall, n, inv_q, n, work);
+        V result = ratio(root(inner(work, work, n)), largest(length, free_norm));
+        const V allowed = largest(length, 1e-5 * free_norm);
+        V longest_dual = all<V>(0.0), negative = all<V>(0.0);
+        for (long i = 0; i < rows; ++i) longest_dual = largest(magnitude(dual[i]), longest_dual);
+        for (long i = 0; i < rows; ++i) {
+            const V gap = scale[i] * (image[i] - f[i]);
+            const V terms = scale[i] * magnitude(f[i]) + touches[i] * allowed;
+            V over = i < p ? magnitude(gap) : gap < 0.0 ? all<V>(0.0) : gap;
+            result = worst(ratio(over, terms), result);
+            if (i < p) continue;
+            negative = largest(-dual[i], negative);
+            result = worst(ratio(magnitude(dual[i] * gap), terms * longest_dual), result);
+        }
+        return worst(ratio(negative, longest_dual), result);
+    }
+
+    V roughness() {  // stationarity relative to its largest term, rows to the length of theirs
+        V size = largest(largest(curve_size, pull_size), cost_size), most = all<V>(0.0);
+        for (long i = 0; i < n; ++i) most = worst(magnitude(gradient[i]), most);
+        V result = most / (size > 0.0 ? size : all<V>(1.0));
+        const V distance = root(inner(z, z, n));
+        for (long i = 0; i < rows; ++i) {
+            const V gap = image[i] - f[i];
+            const V over = i < p ? magnitude(gap) : gap < 0.0 ? all<V>(0.0) : gap;
+            const V size = magnitude(f[i]) + reach[i] * distance;
+            result = worst(over / (size > 0.0 ? size : all<V>(1.0)), result);
+        }
+        return result;
+    }
+
+    // Solve on `active`, correcting it by the signs of the answer; what is verified is written down and ends.
+    void settle(double sign_tol, int refine, int rounds) {
+        const M waiting = alive;
+        M done = alive & ~alive;
+        for (int round = 0; round < rounds && any(alive); ++round) {
+            M independent;
+            const long count = factorise_active(independent);
+            for (long i = 0; i < rows; ++i) dual[i] = violation[i];
+            schur_solve(dual, count);
+            multiply_transposed(z, H, n, rows, n, dual);
+            for (long i = 0; i < n; ++i) z[i] = half[i] - z[i];
+            backward(tall, n, inv_q, n, z);
+            take_image();
+            for (int k = 0; k < refine; ++k) {
+                for (long i = 0; i < n; ++i) gradient[i] = -gradient[i];
+                forward(tall, n, inv_q, n, gradient);
+                multiply(step, H, n, rows, n, gradient);
+                for (long i = 0; i < rows; ++i) step[i] -= active[i] * (scale[i] * (f[i] - image[i]));
+                schur_solve(step, count);
+                multiply_transposed(work, H, n, rows, n, step);
+                for (long i = 0; i < n; ++i) gradient[i] -= work[i];
+                backward(tall, n, inv_q, n, gradient);
+                for (long i = 0; i < n; ++i) z[i] += gradient[i];
+                for (long i = 0; i < rows; ++i) dual[i] += step[i];
+                take_image();
+            }
+            M accepted = alive & independent & judge(sign_tol);
+            if (any(accepted)) write(accepted, count);
+            done |= accepted;
+            alive &= ~accepted & independent;
+            for (long i = p; i < rows; ++i) active[i] = corrected[i];
+        }
+        alive = waiting & ~done;
+    }
+
+    M judge(double sign_tol) {
+        const V zero = all<V>(0.0);
+        const V reach_ = largest(length, free_norm);
+        V dual_size = zero;
+        for (long i = 0; i < rows; ++i) {
+            const V size = scale[i] * magnitude(f[i]) + touches[i] * reach_;
+            dual_size = largest(largest(magnitude(dual[i]), active[i] * size), dual_size);
+        }
+        M wrong = all<V>(0.0) != all<V>(0.0), weak = wrong;
+        for (long i = p; i < rows; ++i) {
+            const V size = scale[i] * magnitude(f[i]) + touches[i] * reach_;
+            const V slack = scale[i] * (f[i] - image[i]);
+            const M held = active[i] > 0.0;
+            const M leave = held & (dual[i] < -sign_tol * dual_size), enter = ~held & (slack < -sign_tol * size);
+            corrected[i] = leave ? zero : enter ? all<V>(1.0) : active[i];
+            wrong |= leave | enter;
+            weak |= (magnitude(dual[i]) <= WEAK * dual_size) & (magnitude(slack) <= WEAK * size);
+        }
+        flags[4] = as_number(weak);
+        flags[6] = relative_residual();
+        const V allowed = all<V>(task.tol < BEST ? task.tol : BEST);
+        return ~wrong & (flags[6] <= allowed) & (roughness() <= BEST);
+    }
+
+    void write(M& accepted, long count) {
+        V condition = largest(flags[2], flags[3]);
+        if (m) {
+            V high = all<V>(0.0), low = all<V>(1.0 / 0.0);
+            pivots(K, m, count, high, low);
+            const M some_out = number_active() < all<V>(double(m));  // ones on the diagonal of what is inactive
+            high = some_out ? largest(high, all<V>(1.0)) : high;
+            low = some_out & (low > 1.0) ? all<V>(1.0) : low;
+            condition = largest(high / low, condition);
+        }
+        for (long i = p; i < rows; ++i) dual[i] = dual[i] < 0.0 ? all<V>(0.0) : dual[i];
+        for (long i = 0; i < rows; ++i) y[i] = scale[i] * dual[i];
+        V residual = flags[6];
+        if (sizeof(T) < 8) {
+            residual = rounded_residual(residual);
+            V sum = all<V>(0.0);
+            for (long i = 0; i < n; ++i) sum += z[i] * 0.0;
+            for (long i = 0; i < rows; ++i) sum += y[i] * 0.0;
+            accepted &= sum == 0.0;  // too large for the type of the data
+        }
+        for (int l = 0; l < W; ++l) {
+            if (!accepted[l]) continue;
+            const long b = first + l;
+            store<W, T>(reinterpret_cast<T*>(task.z) + b * n, z, l, n);
+            store<W, T>(reinterpret_cast<T*>(task.nu) + b * p, y, l, p);
+            store<W, T>(reinterpret_cast<T*>(task.lam) + b * m, y + p, l, m);
+            store<W, double>(task.active + b * rows, active, l, rows);
+            reinterpret_cast<T*>(task.residual)[b] = static_cast<T>(residual[l]);
+            reinterpret_cast<T*>(task.condition)[b] = static_cast<T>(condition[l]);
+            task.iterations[b] = static_cast<long long>(iterations[l]);
+            task.weak[b] = flags[4][l] > 0.5;
+            task.settled[b] = 1;
+            if (task.chol_q) write_factor(b, l, count);
+        }
+    }
+
+    V number_active() const {
+        V sum = all<V>(0.0);
+        for (long i = p; i < rows; ++i) sum += active[i];
+        return sum;
+    }
+
+    // The residual of what is returned, not of what is rounded away.
+    V rounded_residual(V residual) {
+        for (long i = 0; i < n; ++i)
+            for (int l = 0; l < W; ++l) z[i][l] = static_cast<T>(z[i][l]);
+        for (long i = 0; i < rows; ++i)
+            for (int l = 0; l < W; ++l) dual[i][l] = static_cast<T>(y[i][l]) / scale[i][l];
+        take_image();
+        const V result = worst(relative_residual(), residual);
+        for (long i = 0; i < rows; ++i) y[i] = scale[i] * dual[i];
+        return result;
+    }
+
+    static void write_lower(double* to, const V* from, long ld, long count, int lane) {
+        const double* in = reinterpret_cast<const double*>(from);
+        for (long i = 0; i < count; ++i) {
+            for (long j = 0; j <= i; ++j) to[i * count + j] = in[(i * ld + j) * W + lane];
+            for (long j = i + 1; j < count; ++j) to[i * count + j] = 0.0;
+        }
+    }
+
+    void write_factor(long b, int lane, long count) {
+        const bool share = share_q && share_rows;
+        if (!share_q || b == 0) write_lower(task.chol_q + (share_q ? 0 : b * n * n), tall, n, n, lane);
+        if (!share || b == 0) {
+            const long at = share ? 0 : b;
+            write_lower(task.chol_eq + at * p * p, S, rows, p, lane);
+            double* across = task.across + at * p * m;
+            for (long i = 0; i < p; ++i)
+                for (long j = 0; j < m; ++j) across[i * m + j] = S[(p + j) * rows + i][lane];
+            store<W, double>(task.scale + at * rows, scale, lane, rows);
+        }
+        double* to = task.chol_ineq + b * m * m;
+        for (long i = 0; i < m * m; ++i) to[i] = 0.0;
+        for (long i = 0; i < m; ++i)
+            if (!(active[p + i][lane] > 0.0)) to[i * m + i] = 1.0;
+        const double* in = reinterpret_cast<const double*>(K);
+        for (long a = 0; a < count; ++a) {
+            const long long i = index[a * W + lane];
+            if (i < 0) break;
+            for (long c = 0; c <= a; ++c) to[i * m + index[c * W + lane]] = in[(a * m + c) * W + lane];
+        }
+    }
+};
+
+template <int W, class T>
+void solve(const void* task, long group, Room& room) {
+    Group<W, T>(*static_cast<const Solve*>(task), group, room).run();
+}

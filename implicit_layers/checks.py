@@ -227,8 +227,10 @@ def batch_shape(**arguments: tuple[Tensor, int]) -> torch.Size:
         if tensor.ndim < event_ndim:
             raise ShapeError(f"{name} must have at least {event_ndim} dimensions, got shape {tuple(tensor.shape)}")
         batch = tensor.shape[: tensor.ndim - event_ndim]
+        if not batch or batch == common:
+            continue
         try:
-            common = torch.broadcast_shapes(common, batch)
+            common = torch.broadcast_shapes(common, batch) if common else batch
         except RuntimeError:
             raise ShapeError(
                 f"the batch dimensions {tuple(batch)} of {name} (shape {tuple(tensor.shape)}) do not broadcast with "
@@ -256,6 +258,8 @@ def poisoned(values: Tensor, good: Tensor) -> Tensor:
 
 def plain(*tensors: Tensor) -> bool:
     """Whether these are ordinary tensors, whose numbers lie in memory as they are."""
+    if torch.compiler.is_compiling():
+        return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return all(
         type(t) in (Tensor, torch.nn.Parameter) and t.layout is torch.strided and not t.is_neg() and not wrapped(t)

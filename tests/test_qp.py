@@ -107,7 +107,9 @@ def test_derivatives_by_finite_differences(size: tuple[int, int, int]) -> None:
 def test_a_planted_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Test of the tester: OptNet's printed formula for G, with λ missing, must not pass."""
     from implicit_layers.qp import derivative
+    from implicit_layers.solvers import compiled
 
+    monkeypatch.setattr(compiled, "_kernel", None)  # it forms these gradients itself: see test_compiled.py
     right = derivative._matrix_gradients
 
     def wrong(adjoint: tuple[Tensor, ...], point: tuple[Tensor, ...], *rest: object) -> list[Tensor | None]:

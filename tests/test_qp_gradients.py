@@ -291,7 +291,8 @@ def test_shared_matrices_are_never_copied_for_the_batch(monkeypatch: pytest.Monk
     monkeypatch.setattr(il.InteriorPoint, "solve", spy)
     problem = random_qp(4, 3, 1, seed=4)
     p = problem.p + 0.01 * normal(0)(2, 50, 4)
-    solution = il.solve_qp(problem.Q, p, A=problem.A, b=problem.b, G=problem.G, h=problem.h)
+    data = {"A": problem.A, "b": problem.b, "G": problem.G, "h": problem.h}
+    solution = il.solve_qp(problem.Q, p, **data, solver=il.InteriorPoint(backend="torch"))
     assert seen == [(1, 1, 100)] and solution.z.shape == (2, 50, 4)
 
 

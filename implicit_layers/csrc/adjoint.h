@@ -169,7 +169,12 @@ class Backward {
             T* d_p = reinterpret_cast<T*>(task.d_p) + b * n;
             for (long i = 0; i < n; ++i) d_p[i] = -v_z[i];
         }
-        if (task.d_Q) outer(reinterpret_cast<T*>(task.d_Q) + b * n * n, n, n, v_z, z, z, v_z, T(-0.5));
+        if (task.d_Q) {
+            T* d_Q = reinterpret_cast<T*>(task.d_Q) + b * n * n;
+            outer(d_Q, n, n, v_z, z, z, v_z, T(-0.5));
+            for (long i = 0; i < n; ++i)  // symmetric to the last bit
+                for (long j = 0; j < i; ++j) d_Q[j * n + i] = d_Q[i * n + j];
+        }
         if (task.d_A) outer(reinterpret_cast<T*>(task.d_A) + b * p * n, p, n, nu, v_z, v_nu, z, T(-1));
         if (task.d_G) outer(reinterpret_cast<T*>(task.d_G) + b * m * n, m, n, lam, v_z, v_lam, z, T(-1));
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.errors import DeviceError, DtypeError, NonFiniteError, ShapeError
+from implicit_layers.solvers import compiled
 
 EVENT_NDIM = (2, 1, 2, 1, 2, 1, 1, 1)  # trailing dimensions of Q, p, A, b, G, h, lb, ub
 
@@ -34,7 +35,8 @@ class Program(NamedTuple):
     def batch(self) -> torch.Size:
         """The batch shape *B."""
         present = zip(self, EVENT_NDIM, strict=True)
-        return torch.broadcast_shapes(*(t.shape[: t.ndim - k] for t, k in present if t is not None))
+        shapes = [t.shape[: t.ndim - k] for t, k in present if t is not None]
+        return next((shape for shape in shapes if any(size != 1 for size in shape)), shapes[0])
 
 
 def at_the_door(
@@ -48,8 +50,11 @@ def at_the_door(
     ub: Tensor | None,
     *,
     read: bool,
+    later: bool,
 ) -> tuple[Program, bool]:
     """Check the arguments, their values too where they may and can be read, and bring all to one form.
+
+    `later`: values may be left to `run`, where the compiled kernel looks at them anyway.
 
     Returns: the program, and whether the values were looked at.
     """
@@ -87,7 +92,8 @@ def at_the_door(
     A, b, G, h = rows
     bounds = {name: (tensors[name], 1) for name in ("lb", "ub") if name in tensors}
     batch = checks.batch_shape(Q=(Q, 2), p=(p, 1), A=(A, 2), b=(b, 1), G=(G, 2), h=(h, 1), **bounds)
-    checked = read and checks.readable(*tensors.values())
+    later = later and compiled.fits(Q, A, G) and checks.plain(*tensors.values())
+    checked = read and not later and checks.readable(*tensors.values())
     if checked:  # here, where an index is one of the caller's own tensor
         refuse_values(tensors)
     arguments = (Q, p, A, b, G, h, tensors.get("lb"), tensors.get("ub"))
@@ -98,6 +104,8 @@ def at_the_door(
 def uniform(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:
     """Give a tensor the dimensions of the batch, or 1s where the whole batch shares it."""
     own, event = tensor.shape[: tensor.ndim - event_ndim], tensor.shape[tensor.ndim - event_ndim :]
+    if own == batch:
+        return tensor
     if all(size == 1 for size in own):
         return tensor.reshape((*(1 for _ in batch), *event))
     return tensor.expand((*batch, *event))

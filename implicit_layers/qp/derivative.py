@@ -38,6 +38,7 @@ class _ReverseKKT(torch.autograd.Function):
     """(Q, A, G, r_z, r_nu, r_lam, r_bound, degenerate, active set) to (u_z, u_nu, u_lam, u_bound), where K u = r."""
 
     @staticmethod
+    @transforms.signed
     def forward(  # one by one: with *tensors the compiler does not know whether there is a context
         settings: Settings,
         Q: Tensor,
@@ -79,6 +80,7 @@ class _KKTSolve(_ReverseKKT):
     """The same with any kind of factor instead of the active set, for forward mode and `vmap` too."""
 
     @staticmethod
+    @transforms.signed
     def forward(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
         return solve_kkt(settings, *tensors)
 
@@ -117,6 +119,7 @@ class _ReverseQP(torch.autograd.Function):
     """(Q, p, A, b, G, h, lb, ub) to the fields of `run.Outcome`, of which z, nu, lam and bound have derivatives."""
 
     @staticmethod
+    @transforms.signed
     def forward(
         settings: Settings,
         Q: Tensor,
@@ -230,7 +233,9 @@ def _solved_by_the_kernel(
     z, nu, lam, bound = outcome[:4]
     if settings.solver.backend == "torch" or settings.gradient == "smoothed" or bound.shape[-1]:
         return None
-    if len(outcome.factor) != len(quadratic.EVENT_NDIM) or not compiled.fits(*matrices) or torch.is_grad_enabled():
+    if len(outcome.factor) != len(quadratic.EVENT_NDIM) or torch.is_grad_enabled():
+        return None
+    if not outcome.status.numel() or not compiled.fits(*matrices):
         return None
     if not checks.plain(*matrices, z, *(grad for grad in grads if grad is not None)):
         return None

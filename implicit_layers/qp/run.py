@@ -105,7 +105,7 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
     program = Program(*tensors)  # type: ignore[arg-type]
     solver, batch = settings.solver, program.batch
     settled = _settled_by_the_kernel(settings, program, batch)
-    if settled is not None and settled.count == batch.numel():
+    if settled is not None and settled.number == batch.numel():
         return _outcome(settled, factor)
     if settings.synchronises and not settings.checked:
         refuse_values({name: t for name, t in zip(Program._fields, program, strict=True) if t is not None})
@@ -115,7 +115,7 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         data = _flat(program, batch, dtype if solver.precision == "native" else torch.float64)
         if settings.elastic:
             data = data._replace(compliance=data.p.new_ones(1, 1).expand(1, data.E.shape[-2]))
-        if settled is not None and settled.count:
+        if settled is not None and settled.number:
             data, result = _solve_the_rest(settings, data, batch, dtype, settled)
         else:
             data, result = _solve_despite_rounding(settings, data, batch, dtype)
@@ -182,14 +182,15 @@ def _settled_by_the_kernel(settings: Settings, program: Program, batch: torch.Si
 def _outcome(settled: compiled.Settled, factor: bool) -> Outcome:
     """The outcome where every problem is settled."""
     z, nu, lam = settled[:3]
-    none = (z.new_empty(*z.shape[:-1], 0) for _ in range(3))
     status = torch.zeros_like(settled.weak)
     made = tuple(settled.factor) if factor else (settled.active, torch.zeros_like(z, dtype=settled.active.dtype))
     return Outcome(
         z,
         nu,
         lam,
-        *none,
+        z.new_empty(*z.shape[:-1], 0),
+        z.new_empty(*z.shape[:-1], 0),
+        z.new_empty(*z.shape[:-1], 0),
         settled.weak,
         settled.condition,
         status,

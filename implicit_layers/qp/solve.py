@@ -12,10 +12,10 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.eager import transforms_at_work, uncompiled
-from implicit_layers.errors import ArgumentError, ArgumentTypeError, ShapeError
+from implicit_layers.errors import ArgumentError, ArgumentTypeError, NonFiniteError, ShapeError
 from implicit_layers.kkt import quadratic
 from implicit_layers.kkt.program import ActiveSet
-from implicit_layers.qp.arguments import Program, at_the_door
+from implicit_layers.qp.arguments import Program, at_the_door, refuse_values
 from implicit_layers.qp.derivative import differentiable
 from implicit_layers.qp.run import Gradient, Outcome, Settings
 from implicit_layers.qp.value import optimal_value
@@ -25,6 +25,7 @@ from implicit_layers.solvers.interior_point import InteriorPoint
 Infeasible = Literal["raise", "nearest"]
 _GRADIENTS = get_args(Gradient)  # asked once: the compiler of older PyTorch cannot
 _INFEASIBLE = get_args(Infeasible)
+_DEFAULT = InteriorPoint()
 
 
 def solve_qp(
@@ -97,19 +98,23 @@ def solve_qp(
     (tensor([1., 3.]), tensor([0., 1.]))
     """
     check_choices(on_failure, gradient, smoothing, infeasible)
-    solver = InteriorPoint() if solver is None else solver
+    solver = _DEFAULT if solver is None else solver
     if not isinstance(solver, InteriorPoint):
         raise ArgumentTypeError(f"solve_qp: solver must be an InteriorPoint, got {type(solver).__name__}")
-    program, checked = at_the_door(Q, p, A, b, G, h, lb, ub, read=solver.check_every > 0)
+    read = solver.check_every > 0
+    program, checked = at_the_door(Q, p, A, b, G, h, lb, ub, read=read, later=read and solver.backend != "torch")
     begin = None if warm_start is None else _active_set(warm_start, program, solver)
     settings = Settings(solver, on_failure, gradient, smoothing if gradient == "smoothed" else 0.0, checked, begin)
-    if infeasible == "nearest":
-        return _solve_nearest(settings, program)
     # the compiler traces the derivative but for vmap and forward mode, whose rules it cannot take
-    whole = gradient != "smoothed" and not transforms_at_work() & {"Vmap", "Jvp"}
-    if torch.compiler.is_compiling() and whole:
+    traced = torch.compiler.is_compiling() and gradient != "smoothed" and not transforms_at_work() & {"Vmap", "Jvp"}
+    if traced and infeasible != "nearest":
         return _solution(differentiable(settings, program), program, None)
-    return _solve_eagerly(settings, program)
+    try:
+        return _solve_nearest(settings, program) if infeasible == "nearest" else _solve_eagerly(settings, program)
+    except NonFiniteError:  # where an index is one of the caller's own tensor
+        given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h, "lb": lb, "ub": ub}
+        refuse_values({name: tensor for name, tensor in given.items() if tensor is not None})
+        raise
 
 
 def check_choices(on_failure: str, gradient: str, smoothing: float, infeasible: str) -> None:
@@ -183,6 +188,13 @@ def _detached(program: Program) -> Program:
 def _solution(outcome: Outcome, program: Program, shift: QPShift | None) -> QPSolution:
     """Put together what the caller gets."""
     z, nu, lam, bound = outcome[:4]
+    if shift is None:
+        shift = QPShift(torch.zeros_like(nu), torch.zeros_like(lam))
+    value = optimal_value(outcome, program)
+    if not bound.shape[-1] and _all_good(outcome):
+        none = torch.zeros_like(z.detach())
+        s = program.h - quadratic.matvec(program.G, z)
+        return QPSolution(z, nu, lam, s, outcome.info, none, none.clone(), value, shift)
     held = bound if bound.shape[-1] else z.new_zeros(1).expand(z.shape)
     good = outcome.converged.unsqueeze(-1)
     with torch.no_grad():
@@ -196,6 +208,14 @@ def _solution(outcome: Outcome, program: Program, shift: QPShift | None) -> QPSo
         outcome.info,
         torch.where(held < 0, -held, 0.0),
         torch.where(held > 0, held, 0.0),
-        optimal_value(outcome, program),
-        QPShift(torch.zeros_like(nu), torch.zeros_like(lam)) if shift is None else shift,
+        value,
+        shift,
     )
+
+
+def _all_good(outcome: Outcome) -> bool:
+    """Whether all problems are known to have converged, where asking costs nothing."""
+    converged = outcome.converged
+    if converged.device.type != "cpu" or not checks.plain(converged):
+        return False
+    return checks.host_bool(converged.all())

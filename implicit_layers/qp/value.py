@@ -40,6 +40,7 @@ class _Value(torch.autograd.Function):
     """(converged, z, nu, lam, bound, Q, p, A, b, G, h, lb, ub) to the value; constant where not converged."""
 
     @staticmethod
+    @transforms.signed
     def forward(
         good: Tensor, z: Tensor, nu: Tensor, lam: Tensor, bound: Tensor, Q: Tensor, p: Tensor, *_: Tensor | None
     ) -> Tensor:

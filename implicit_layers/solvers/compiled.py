@@ -8,7 +8,8 @@ and leaves all others to the general solvers. It is there when the package was b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from implicit_layers.errors import UnsupportedError
 from implicit_layers.kkt import quadratic
 
 try:
-    from implicit_layers import _kernel
+    _kernel: Any = import_module("implicit_layers._kernel")
 except ImportError:  # built without a compiler
     _kernel = None
 
@@ -39,7 +40,7 @@ class Settled(NamedTuple):
     iterations: Tensor  # (*B,) int64
     residual: Tensor  # (*B,)
     done: Tensor  # (*B,) bool
-    count: int  # how many are done
+    number: int  # how many are done
 
 
 def description() -> str:
@@ -66,7 +67,7 @@ def required() -> None:
 def fits(Q: Tensor, A: Tensor, G: Tensor) -> bool:
     """Tell whether the kernel is there and made for programs of that kind."""
     n, rows = Q.shape[-1], A.shape[-2] + G.shape[-2]
-    if _kernel is None or n > _MOST_UNKNOWNS or rows > _MOST_ROWS or not 0 < Q.numel():
+    if _kernel is None or n > _MOST_UNKNOWNS or rows > _MOST_ROWS or Q.numel() == 0:
         return False
     return Q.device.type == "cpu" and Q.dtype in (torch.float32, torch.float64)
 
@@ -75,7 +76,7 @@ def solve(
     batch: torch.Size, data: Sequence[Tensor], *, tol: float, max_iter: int, start: Tensor | None = None
 ) -> Settled:
     """Solve a batch of programs Q, p, A, b, G, h, each (*B or 1s, ...); `start`: active rows to try first, (N, m)."""
-    Q, p, A, b, G, h = data
+    Q, _, A, _, G, _ = data
     count, n, n_eq, n_ineq = batch.numel(), Q.shape[-1], A.shape[-2], G.shape[-2]
     kept = [_flat(tensor, 2 - vector, batch) for tensor, vector in zip(data, _VECTORS, strict=True)]
     shared_q = kept[0][1] == 0

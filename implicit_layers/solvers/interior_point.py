@@ -20,7 +20,15 @@ from implicit_layers.errors import ArgumentError
 from implicit_layers.kkt import condensed, quadratic
 from implicit_layers.kkt.program import ActiveSet, Data, Program
 from implicit_layers.solution import Degeneracy, SolveInfo, Status
-from implicit_layers.solvers import active_set, central_point, compiled, condensed_solve, dual_path, infeasibility, optimal_face
+from implicit_layers.solvers import (
+    active_set,
+    central_point,
+    compiled,
+    condensed_solve,
+    dual_path,
+    infeasibility,
+    optimal_face,
+)
 from implicit_layers.solvers.central_point import BarrierPoint
 from implicit_layers.solvers.condensed_solve import Outcome
 
@@ -63,13 +71,16 @@ class QPResult(NamedTuple):
 
     def take(self, index: Tensor) -> QPResult:
         """Keep the programs of `index`, but for the factor, which stays whole."""
-        first = (field[index] for field in self[:5])
-        return QPResult(
-            *first,
-            self.factor,
-            self.degenerate[index],
-            self.condition[index],
-            SolveInfo(*(field[index] for field in self.info)),
+        info = SolveInfo(*(field[index] for field in self.info))
+        return self._replace(
+            z=self.z[index],
+            y=self.y[index],
+            bound=self.bound[index],
+            active=self.active[index],
+            fixed=self.fixed[index],
+            degenerate=self.degenerate[index],
+            condition=self.condition[index],
+            info=info,
         )
 
 

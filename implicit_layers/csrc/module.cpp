@@ -11,6 +11,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -55,13 +56,16 @@ double* Room::take(unsigned long doubles) {
     return memory;
 }
 
+// The best instructions that this processor has; IMPLICIT_LAYERS_KERNEL names lesser ones, to compare with.
 static Kernel choose() {
+    const char* wish = std::getenv("IMPLICIT_LAYERS_KERNEL");
+    const std::string most = wish ? wish : "";
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("fma"))
-        return avx512::kernel("avx512");
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernel("avx2");
+    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (fma && wide && most != "avx2" && most != "basic") return avx512::kernel("avx512");
+    if (fma && most != "basic") return avx2::kernel("avx2");
 #endif
     return basic::kernel("basic");
 }

@@ -2,11 +2,13 @@
 
 Its steps are those of `dual_path` and `active_set`, for the whole of a program at a time, in the cache, one program in
 each lane of the processor's registers, the programs of a batch shared by threads. It settles what those steps settle
-and leaves all others to the general solvers. It is there when the package was built with a C++ compiler.
+and leaves all others to the general solvers. It is there when the package was built with a C++ compiler. The environment variable IMPLICIT_LAYERS_KERNEL, read when
+the package is imported, takes a lesser one: "avx2", "basic" or "none".
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -17,8 +19,9 @@ from torch import Tensor
 from implicit_layers.errors import UnsupportedError
 from implicit_layers.kkt import quadratic
 
+_OFF = os.environ.get("IMPLICIT_LAYERS_KERNEL") == "none"
 try:
-    _kernel: Any = import_module("implicit_layers._kernel")
+    _kernel: Any = None if _OFF else import_module("implicit_layers._kernel")
 except ImportError:  # built without a compiler
     _kernel = None
 
@@ -46,7 +49,7 @@ class Settled(NamedTuple):
 def description() -> str:
     """Say which instructions the kernel uses, or that there is none."""
     if _kernel is None:
-        return "none: built without a C++ compiler"
+        return "none: switched off" if _OFF else "none: built without a C++ compiler"
     name, lanes = _kernel.describe()
     return f"{name}, {lanes} programs side by side"
 

@@ -2,8 +2,8 @@
 
 Its steps are those of `dual_path` and `active_set`, for the whole of a program at a time, in the cache, one program in
 each lane of the processor's registers, the programs of a batch shared by threads. It settles what those steps settle
-and leaves all others to the general solvers. It is there when the package was built with a C++ compiler. The environment variable IMPLICIT_LAYERS_KERNEL, read when
-the package is imported, takes a lesser one: "avx2", "basic" or "none".
+and leaves all others to the general solvers. It is there when the package was built with a C++ compiler. The
+environment variable IMPLICIT_LAYERS_KERNEL, read at import, takes a lesser one: "avx2", "basic" or "none".
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-NAMES = ("memory", "qp", "simplex", "scaling")
+NAMES = ("memory", "qp", "kernel", "simplex", "scaling")
 DTYPES = ("float64", "float32")
 
 

@@ -56,7 +56,8 @@ def accuracy(result: Result) -> str:
     """One line a contender: answers that hold, residuals and gradient errors, median and worst."""
     groups: dict[str, list[Result]] = {}
     for row in result["rows"]:
-        groups.setdefault(row["contender"], []).append(row)
+        if row["status"] != "not run":
+            groups.setdefault(row["contender"], []).append(row)
     lines = [["contender", "version", "right answers", "residual, median", "worst", "gradient error, median", "worst"]]
     for name, rows in groups.items():
         right = [row for row in rows if row["status"] == "ok"]
@@ -68,6 +69,25 @@ def accuracy(result: Result) -> str:
     return (
         f"{_markdown(lines, left=2)}\n\nOver the answers that are right, to a residual of 1e-3. {_provenance(result)}"
     )
+
+
+def kernel(result: Result) -> str:
+    """One line a shape and batch: the kernel, and how many times longer the others take."""
+    cases: dict[tuple[str, int], dict[str, Result]] = {}
+    for row in result["rows"]:
+        cases.setdefault((f"{row['n']}, {row['n_ineq']}, {row['n_eq']}", row["batch"]), {})[row["way"]] = row
+    others = ("torch, float64", "kernel, one thread", "kernel, float32")
+    heads = ["n, n_ineq, n_eq", "batch", "kernel, ms, forward / total", *others, "over the floor"]
+    lines = [[*heads, "gradient error, float64", "float32"]]
+    for (shape, batch), ways in cases.items():
+        ours = ways["kernel, float64"]
+        against = [_against({**ways[way], "status": "ok"}, ours) for way in others]
+        errors = [_power(ways[way]["gradient_error"]) for way in ("kernel, float64", "kernel, float32")]
+        over = _ratio(ours["forward_ms"]["median"] / ours["floor_ms"])
+        lines.append([shape, str(batch), _times({**ours, "status": "ok"}), *against, over, *errors])
+    memory = f"Peak memory at batch 512, n = 100: {result.get('peak memory over data', '–')} times the data. "
+    words = "The floor: the same products and factorisations at the pace of a matrix product of 1024. "
+    return f"{_markdown(lines, left=1)}\n\nKernel: {result['kernel']}. {memory}{words}{_provenance(result)}"
 
 
 def memory(result: Result) -> str:
@@ -139,6 +159,7 @@ def denoising(result: Result) -> str:
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "qp": ("qp", qp),
     "qp-accuracy": ("qp", accuracy),
+    "kernel": ("kernel", kernel),
     "memory": ("memory", memory),
     "simplex": ("simplex", simplex),
     "scaling": ("scaling", scaling),

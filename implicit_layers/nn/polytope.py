@@ -50,18 +50,19 @@ class EntropicLP(Tempered):
         max_iter: int = 1000,
         on_failure: OnFailure = "raise",
     ) -> None:
-        given = {name: x for name, x in (("A", A), ("b", b), ("G", G), ("h", h), ("ub", ub)) if x is not None}
-        dtype = checks.floating_tensors(**given)[0] if given else torch.get_default_dtype()
-        super().__init__(temperature, learn_temperature, dtype)
+        super().__init__()
         checks.stopping(tol, max_iter)
         check_slack(slack)
         check_on_failure(on_failure)
+        given = {name: x for name, x in (("A", A), ("b", b), ("G", G), ("h", h), ("ub", ub)) if x is not None}
+        dtype = checks.floating_tensors(**given)[0] if given else torch.get_default_dtype()
         for name in ("A", "b", "G", "h", "ub"):
             value = given.get(name)
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
             else:
                 self.register_buffer(name, value)
+        self.start_at(temperature, learn_temperature, dtype)
         self.slack: Slack = slack
         self.tol, self.max_iter = tol, max_iter
         self.on_failure: OnFailure = on_failure

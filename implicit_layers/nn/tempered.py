@@ -21,8 +21,8 @@ class Tempered(nn.Module):
 
     log_temperature: nn.Parameter | None
 
-    def __init__(self, temperature: float, learn_temperature: bool, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
+    def start_at(self, temperature: float, learn_temperature: bool, dtype: torch.dtype | None = None) -> None:
+        """Check and keep the temperature; for the constructor, which may have registered other parameters before."""
         if isinstance(temperature, Tensor):
             raise ArgumentTypeError("temperature must be a number; to learn it pass learn_temperature=True")
         checks.positive("temperature", temperature)
@@ -46,7 +46,8 @@ class TemperedAxis(Tempered):
     """A module of scores along an axis, with a temperature that may be learned."""
 
     def __init__(self, dim: int, temperature: float, learn_temperature: bool) -> None:
-        super().__init__(temperature, learn_temperature)
+        super().__init__()
+        self.start_at(temperature, learn_temperature)
         checks.integer("dim", dim)
         self.dim = dim
 

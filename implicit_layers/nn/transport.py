@@ -38,7 +38,8 @@ class Sinkhorn(Tempered):
         max_iter: int = 10000,
         on_failure: OnFailure = "raise",
     ) -> None:
-        super().__init__(temperature, learn_temperature)
+        super().__init__()
+        self.start_at(temperature, learn_temperature)
         checks.stopping(tol, max_iter)
         check_on_failure(on_failure)
         self.tol, self.max_iter = tol, max_iter

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.run import RESULTS
+
 README = Path(__file__).parents[1] / "README.md"
 OURS = "implicit_layers"
 

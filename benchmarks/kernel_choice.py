@@ -137,7 +137,8 @@ def by_compiler() -> Kernel | None:
         loaded = time.perf_counter()
 
     def bind(A: Array, L: Array) -> Call:
-        arguments = (ctypes.c_void_p(A.ctypes.data), ctypes.c_void_p(L.ctypes.data), A.shape[1], A.shape[0])
+        pointers = (x.ctypes.data_as(ctypes.c_void_p) for x in (A, L))  # these keep the arrays alive
+        arguments = (*pointers, A.shape[1], A.shape[0])
         return lambda: call(*arguments)
 
     return Kernel(bind, loaded - compiled, compiled - start)
@@ -167,13 +168,9 @@ def written_out(block: int) -> str:
     lines = [line for C in sizes for R in (0, *sizes) for line in _block(R, C)]
     lines += ["def factor(A, L):", "  n = A.shape[1]", "  for g in range(A.shape[0]):", "    j = 0", "    while j < n:"]
     for C in reversed(sizes):
-        lines += [f"      {'if' if C == block else 'elif'} n - j >= {C}:", f"        columns_0_{C}(A, L, g, j, j)"]
-        lines += [
-            f"        i = j + {C}",
-            f"        while n - i >= {block}:",
-            f"          columns_{block}_{C}(A, L, g, i, j)",
-        ]
-        lines += [f"          i += {block}"]
+        lines += [f"      {'if' if block == C else 'elif'} n - j >= {C}:", f"        columns_0_{C}(A, L, g, j, j)"]
+        lines += [f"        i = j + {C}", f"        while n - i >= {block}:"]
+        lines += [f"          columns_{block}_{C}(A, L, g, i, j)", f"          i += {block}"]
         for R in sizes[:-1]:
             lines += [f"        if n - i == {R}:", f"          columns_{R}_{C}(A, L, g, i, j)"]
         lines += [f"        j += {C}"]
@@ -315,9 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append({"kernel": name, "status": "not installed"})
         else:
             kernels[name] = made
-    costs = {
-        name: {"import_s": round(k.import_s, 3), "compile_s": round(k.compile_s, 2)} for name, k in kernels.items()
-    }
+    costs = {}
+    for name, kernel in kernels.items():
+        costs[name] = {"import_s": round(kernel.import_s, 2), "compile_s": round(kernel.compile_s, 1)}
     for n in (5, 8) if options.quick else SIZES:
         rows += measure(kernels, n, 16 if options.quick else 128, 3 if options.quick else 201)
     for row in rows:

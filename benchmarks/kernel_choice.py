@@ -275,8 +275,9 @@ def measure(kernels: dict[str, Kernel], n: int, batch: int, repeats: int) -> lis
     expected, A = np.linalg.cholesky(matrices), lanes_of(matrices)
     calls: dict[str, Call] = {}
     error: dict[str, float] = {}
+    L = lanes_of(np.zeros_like(matrices))  # one for all, so that they find the caches alike
     for name, kernel in kernels.items():
-        L = lanes_of(np.zeros_like(matrices))
+        L[:] = 0.0
         calls[name] = kernel.bind(A, L)
         calls[name]()
         error[name] = float(np.abs(matrices_of(L) - expected).max())

@@ -3,7 +3,7 @@
 The building block that decides is the batched Cholesky factorisation with SIMD across instances: eight float64
 matrices interleaved, entry (i, j) of all of them side by side. The same left-looking method in blocks of registers is
 written for g++ with vector extensions, and for numba as plain loops and with lanes and blocks written out, for LLVM's
-SLP vectoriser. Calls of all kernels alternate; torch.linalg.cholesky, on its own layout, is there for orientation.
+SLP vectoriser. Calls of all kernels alternate, in an order drawn for each round; torch.linalg.cholesky, on its own layout, is there for orientation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ctypes
 import importlib
 import math
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -282,8 +283,11 @@ def measure(kernels: dict[str, Kernel], n: int, batch: int, repeats: int) -> lis
         calls[name]()
         error[name] = float(np.abs(matrices_of(L) - expected).max())
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffled = list(calls), random.Random(0)
     for _ in range(repeats):
-        for name, call in calls.items():
+        shuffled.shuffle(order)  # what runs before leaves its data in the caches
+        for name in order:
+            call = calls[name]
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)

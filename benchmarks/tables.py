@@ -140,9 +140,7 @@ def kernel_choice(result: Result) -> str:
     """One line a kernel: its times, how many times longer than C++ it takes, and what it costs before it runs."""
     measured = [row for row in result["rows"] if "ms" in row]
     sizes = list(dict.fromkeys(row["n"] for row in measured))
-    lines = [
-        ["128 Cholesky factorisations, ms", *(f"n = {n}" for n in sizes), "largest error", "import, s", "compile, s"]
-    ]
+    lines = [["128 Cholesky factorisations, ms", *(f"n = {n}" for n in sizes), "error", "import, s", "compile, s"]]
     for name, cost in result["costs"].items():
         rows = {row["n"]: row for row in measured if row["kernel"] == name}
         times = [f"{rows[n]['ms']:.3g} ({_ratio(rows[n]['times_longer'])})" for n in sizes]

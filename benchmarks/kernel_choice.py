@@ -3,7 +3,8 @@
 The building block that decides is the batched Cholesky factorisation with SIMD across instances: eight float64
 matrices interleaved, entry (i, j) of all of them side by side. The same left-looking method in blocks of registers is
 written for g++ with vector extensions, and for numba as plain loops and with lanes and blocks written out, for LLVM's
-SLP vectoriser. Calls of all kernels alternate, in an order drawn for each round; torch.linalg.cholesky, on its own layout, is there for orientation.
+SLP vectoriser. Calls of all kernels alternate, in an order drawn for each round; torch.linalg.cholesky, on its own
+layout, is there for orientation. numba compiles when it is first called, again for every dtype.
 """
 
 from __future__ import annotations

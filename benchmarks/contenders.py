@@ -45,7 +45,9 @@ class Answer(NamedTuple):
 
 
 def installed(package: str) -> str | None:
-    """The version of a package that is here, or None."""
+    """The version of a package that is here, or None; ours may run from its folder."""
+    if package == "implicit_layers":
+        return implicit_layers.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

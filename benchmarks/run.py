@@ -70,6 +70,15 @@ def environment(device: str, seed: int, dtype: str = DTYPES[0]) -> dict[str, Any
     }
 
 
+def save(folder: Path, suite: str, quick: bool, rows: list[dict[str, Any]], seed: int = 0, **more: Any) -> Path:
+    """Write the JSON file of a script that is a suite of its own: where the numbers come from, `more`, and the rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{suite}{'-quick' if quick else ''}.json"
+    head = {"suite": suite, "quick": quick, "environment": environment("cpu", seed), **more}
+    path.write_text(dump({**head, "rows": rows}), encoding="utf-8")
+    return path
+
+
 def _commit() -> str:
     """The commit that is measured, marked where the files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.run import RESULTS
+
 README = Path(__file__).parents[1] / "README.md"
 OURS = "implicit_layers"
 
@@ -155,6 +156,20 @@ def denoising(result: Result) -> str:
     return f"{_markdown(lines, left=1)}\n\n{_provenance(result, 'benchmarks.denoising')}"
 
 
+def kernel_choice(result: Result) -> str:
+    """One line a kernel: its times, how many times longer than C++ it takes, and what it costs before it runs."""
+    measured = [row for row in result["rows"] if "ms" in row]
+    sizes = list(dict.fromkeys(row["n"] for row in measured))
+    lines = [["128 Cholesky factorisations, ms", *(f"n = {n}" for n in sizes), "error", "import, s", "compile, s"]]
+    for name, cost in result["costs"].items():
+        rows = {row["n"]: row for row in measured if row["kernel"] == name}
+        times = [f"{rows[n]['ms']:.3g} ({_ratio(rows[n]['times_longer'])})" for n in sizes]
+        error = max(row["error"] for row in rows.values())
+        lines.append([name, *times, _power(error), str(cost["import_s"]), str(cost["compile_s"])])
+    note = "In brackets: how many times longer than C++."
+    return f"{_markdown(lines, left=1)}\n\n{note} {_provenance(result, 'benchmarks.kernel_choice')}"
+
+
 # name of the table -> the suite that it shows, and how
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "qp": ("qp", qp),
@@ -167,6 +182,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "hard-qps": ("maros", hard_qps),
     "sudoku": ("sudoku", sudoku),
     "denoising": ("denoising", denoising),
+    "kernel-choice": ("kernel_choice", kernel_choice),
 }
 
 

@@ -51,12 +51,12 @@ def at_the_door(
     *,
     read: bool,
     later: bool,
-) -> tuple[Program, bool]:
+) -> tuple[Program, bool, bool]:
     """Check the arguments, their values too where they may and can be read, and bring all to one form.
 
     `later`: values may be left to `run`, where the compiled kernel looks at them anyway.
 
-    Returns: the program, and whether the values were looked at.
+    Returns: the program, whether the values were looked at, and whether that was left because all tensors are plain.
     """
     checks.paired("solve_qp", A, b, G, h)
     optional = {"A": A, "b": b, "G": G, "h": h, "lb": lb, "ub": ub}
@@ -85,7 +85,7 @@ def at_the_door(
         refuse_values(tensors)
     arguments = (Q, p, A, b, G, h, tensors.get("lb"), tensors.get("ub"))
     forms = (None if t is None else uniform(t, k, batch) for t, k in zip(arguments, EVENT_NDIM, strict=True))
-    return Program(*forms), checked  # type: ignore[arg-type]
+    return Program(*forms), checked, later  # type: ignore[arg-type]
 
 
 def uniform(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:

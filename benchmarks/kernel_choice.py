@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,20 +211,29 @@ def functions(text: str, decorate: Callable[[Any], Any] = lambda function: funct
     return names["factor"]
 
 
-def by_numba(block: int) -> Kernel | None:
-    """A kernel by numba, in blocks of that size or, for 0, as plain loops; None where numba is not installed."""
+@lru_cache
+def _numba() -> tuple[Any, float]:
+    """The module, None where it is not installed, and how long its import took."""
     os.environ["NUMBA_SLP_VECTORIZE"] = "1"  # off by default; it is what turns eight variables into one register
     start = time.perf_counter()
     try:
-        numba = importlib.import_module("numba")
+        module = importlib.import_module("numba")
     except ImportError:
+        return None, 0.0
+    return module, time.perf_counter() - start
+
+
+def by_numba(block: int) -> Kernel | None:
+    """A kernel by numba, in blocks of that size or, for 0, as plain loops; None where numba is not installed."""
+    numba, import_s = _numba()
+    if numba is None:
         return None
-    imported = time.perf_counter()
+    start = time.perf_counter()
     decorate = numba.njit(fastmath=True, error_model="numpy", boundscheck=False)
     factor = functions(written_out(block), decorate) if block else decorate(plain)
     eye = np.tile(np.eye(2)[None, :, :, None], (1, 1, 1, LANES))
     factor(eye, eye.copy())
-    return Kernel(lambda A, L: lambda: factor(A, L), imported - start, time.perf_counter() - imported)
+    return Kernel(lambda A, L: lambda: factor(A, L), import_s, time.perf_counter() - start)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

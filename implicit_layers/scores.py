@@ -51,13 +51,18 @@ def per_problem(name: str, value: Tensor | float, x: Tensor, axis: int) -> Tenso
             f"{value.shape[axis]} at dim {axis}); one {name} a problem needs size 1 there, e.g. "
             f"{name}.unsqueeze({axis})"
         )
+    _broadcast(name, value, x)
+    return value.float() if value.dtype in checks.HALF else value
+
+
+def _broadcast(name: str, value: Tensor, x: Tensor) -> None:
+    """Refuse a tensor that does not broadcast with the scores."""
     try:
         torch.broadcast_shapes(x.shape, value.shape)
     except RuntimeError:
         raise ShapeError(
             f"{name} of shape {tuple(value.shape)} does not broadcast with x of shape {tuple(x.shape)}"
         ) from None
-    return value.float() if value.dtype in checks.HALF else value
 
 
 def temperature_of(x: Tensor, axis: int, temperature: Tensor | float) -> Tensor | float:
@@ -81,12 +86,7 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
         raise DtypeError(f"mask must be a boolean tensor, True where an entry may be chosen, got {got}")
     if mask.device != x.device:
         raise DeviceError(f"mask is on {mask.device} but x is on {x.device}; move it, e.g. mask.to(x.device)")
-    try:
-        torch.broadcast_shapes(x.shape, mask.shape)
-    except RuntimeError:
-        raise ShapeError(
-            f"mask of shape {tuple(mask.shape)} does not broadcast with x of shape {tuple(x.shape)}"
-        ) from None
+    _broadcast("mask", mask, x)
     return torch.where(mask, x, float("-inf"))
 
 

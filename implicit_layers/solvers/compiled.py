@@ -2,8 +2,9 @@
 
 Its steps are those of `dual_path` and `active_set`, for the whole of a program at a time, in the cache, one program in
 each lane of the processor's registers, the programs of a batch shared by threads. It settles what those steps settle
-and leaves all others to the general solvers. It is there when the package was built with a C++ compiler. The environment variable IMPLICIT_LAYERS_KERNEL, read when
-the package is imported, takes a lesser one: "avx2", "basic" or "none".
+and leaves all others to the general solvers. It is there when the package was built with a C++ compiler. The
+environment variable IMPLICIT_LAYERS_KERNEL, read when the package is imported, takes a lesser one: "avx2", "basic" or
+"none".
 """
 
 from __future__ import annotations
@@ -138,6 +139,7 @@ def adjoint(
     count, n, n_eq, n_ineq = batch.numel(), Q.shape[-1], A.shape[-2], G.shape[-2]
     kept = [_flat(tensor, 2, batch) for tensor in matrices]
     parts = [_flat(t, k, batch) for t, k in zip(factor, quadratic.EVENT_NDIM, strict=True)]
+    point = [t.contiguous() for t in point]
     rights = [(None, 0) if grad is None else _flat(grad, 1, batch) for grad in grads]
     v = [torch.empty_like(t) for t in point]
     own = [

@@ -43,6 +43,11 @@ def forward_mode() -> AbstractContextManager[None]:
     return forward_ad._set_fwd_grad_enabled(True)
 
 
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents."""
+    return forward_ad._current_level >= 0
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Compute in the dtypes at hand, whatever autocast region the caller is in; "meta" tensors know no autocast."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):

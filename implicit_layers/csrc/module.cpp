@@ -11,7 +11,9 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
+#include <new>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -101,11 +103,7 @@ class Team {
         const long call = ++calls;
         next_ = 0;
         what_ = what, task_ = task, groups_ = groups, call_ = call;
-        const int helpers = int(threads < groups ? threads : groups) - 1;
-        while (int(helpers_.size()) < helpers) {
-            const int number = int(helpers_.size());
-            helpers_.emplace_back(&Team::wait, this, number, round_);
-        }
+        const int helpers = enlist(int(threads < groups ? threads : groups) - 1);
         if (helpers > 0) {
             std::lock_guard<std::mutex> lock(mutex_);
             invited_ = helpers;
@@ -122,6 +120,14 @@ class Team {
     }
 
    private:
+    int enlist(int wanted) {  // fewer where the system gives no more threads
+        try {
+            while (int(helpers_.size()) < wanted) helpers_.emplace_back(&Team::wait, this, int(helpers_.size()), round_);
+        } catch (const std::system_error&) {
+        }
+        return wanted < int(helpers_.size()) ? wanted : int(helpers_.size());
+    }
+
     void take(Room& room) {
         try {
             room.current = call_;
@@ -162,8 +168,7 @@ class Team {
 static Team* team = nullptr;
 static constexpr double ENOUGH_STEPS = 4e-6;
 
-static void work(Work what, const void* task, const Data& d, int threads) {
-    if (!team) team = new Team();  // never deleted: its threads wait until the process ends
+static void work(Team* team, Work what, const void* task, const Data& d, int threads) {
     const long groups = (d.batch + KERNEL.lanes - 1) / KERNEL.lanes;
     const double n = double(d.n), m = double(d.n_ineq), rows = double(d.n_eq + d.n_ineq);
     const double steps = n * n * n / 3 + n * n * rows + n * rows * rows + 2 * m * m * m + 20 * (n * n + n * rows + m * m);
@@ -211,9 +216,11 @@ static void read_data(Numbers& in, Data& d) {
 
 static bool finish(Work what, const void* task, const Data& data, int threads) {
     bool full = false;
+    if (!team) team = new Team();  // by one Python thread; never deleted: its threads wait until the process ends
+    Team* const ours = team;
     Py_BEGIN_ALLOW_THREADS;
     try {
-        work(what, task, data, threads);
+        work(ours, what, task, data, threads);
     } catch (const std::bad_alloc&) {
         full = true;
     }

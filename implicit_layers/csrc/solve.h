@@ -54,6 +54,7 @@ class Group {
     void run() {
         read_vectors();
         set_up();
+        if (first == 0 && task.chol_q) write_shared();
         alive = lane_numbers() < all<M>(used);
         alive &= fit;
         iterations = all<V>(0.0);
@@ -503,7 +504,7 @@ class Group {
             task.iterations[b] = static_cast<long long>(iterations[l]);
             task.weak[b] = flags[4][l] > 0.5;
             task.settled[b] = 1;
-            if (task.chol_q) write_factor(b, l, count);
+            if (task.chol_q) write_own(b, l, count);
         }
     }
 
@@ -533,17 +534,23 @@ class Group {
         }
     }
 
-    void write_factor(long b, int lane, long count) {
-        const bool share = share_q && share_rows;
-        if (!share_q || b == 0) write_lower(task.chol_q + (share_q ? 0 : b * n * n), tall, n, n, lane);
-        if (!share || b == 0) {
-            const long at = share ? 0 : b;
-            write_lower(task.chol_eq + at * p * p, S, rows, p, lane);
-            double* across = task.across + at * p * m;
-            for (long i = 0; i < p; ++i)
-                for (long j = 0; j < m; ++j) across[i * m + j] = S[(p + j) * rows + i][lane];
-            store<W, double>(task.scale + at * rows, scale, lane, rows);
-        }
+    // Whatever becomes of the first program, the others refer to it.
+    void write_shared() {
+        if (share_q) write_lower(task.chol_q, tall, n, n, 0);
+        if (share_q && share_rows) write_rows(0, 0);
+    }
+
+    void write_rows(long at, int lane) {
+        write_lower(task.chol_eq + at * p * p, S, rows, p, lane);
+        double* across = task.across + at * p * m;
+        for (long i = 0; i < p; ++i)
+            for (long j = 0; j < m; ++j) across[i * m + j] = S[(p + j) * rows + i][lane];
+        store<W, double>(task.scale + at * rows, scale, lane, rows);
+    }
+
+    void write_own(long b, int lane, long count) {
+        if (!share_q) write_lower(task.chol_q + b * n * n, tall, n, n, lane);
+        if (!(share_q && share_rows)) write_rows(b, lane);
         double* to = task.chol_ineq + b * m * m;
         for (long i = 0; i < m * m; ++i) to[i] = 0.0;
         for (long i = 0; i < m; ++i)

@@ -51,12 +51,13 @@ class Factor(NamedTuple):
     def put(self, batch: int, index: Tensor, part: Factor) -> Factor:
         """Replace the factors of the programs `index`, all with one batch dimension; what both share stays shared."""
 
-        def merge(old: Tensor, new: Tensor) -> Tensor:
-            if old.shape[0] == 1 and new.shape[0] == 1 and batch > 1:
+        def merge(old: Tensor, new: Tensor, is_data: bool) -> Tensor:
+            # what belongs to the data stays shared; of a single program the rest may be its own, with a ridge
+            if old.shape[0] == 1 and new.shape[0] == 1 and batch > 1 and (is_data or index.numel() > 1):
                 return old
             return old.expand(batch, *old.shape[1:]).index_copy(0, index, new.expand(index.numel(), *new.shape[1:]))
 
-        return Factor(*map(merge, self, part))
+        return Factor(*map(merge, self, part, (True, False, False, False, True, False)))
 
 
 EVENT_NDIM = (2, 2, 2, 2, 1, 1)  # trailing dimensions of the fields of `Factor`

@@ -233,7 +233,7 @@ def _solved_by_the_kernel(
     z, nu, lam, bound = outcome[:4]
     if settings.solver.backend == "torch" or settings.gradient == "smoothed" or bound.shape[-1]:
         return None
-    if len(outcome.factor) != len(quadratic.EVENT_NDIM) or torch.is_grad_enabled():
+    if len(outcome.factor) != len(quadratic.EVENT_NDIM) or torch.is_grad_enabled() or transforms.in_forward_mode():
         return None
     if not outcome.status.numel() or not compiled.fits(*matrices):
         return None

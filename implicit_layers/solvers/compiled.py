@@ -147,6 +147,7 @@ def adjoint(
     count, n, n_eq, n_ineq = batch.numel(), Q.shape[-1], A.shape[-2], G.shape[-2]
     kept = [_flat(tensor, 2, batch) for tensor in matrices]
     parts = [_flat(t, k, batch) for t, k in zip(factor, quadratic.EVENT_NDIM, strict=True)]
+    point = [t.contiguous() for t in point]
     rights = [(None, 0) if grad is None else _flat(grad, 1, batch) for grad in grads]
     v = [torch.empty_like(t) for t in point]
     own = [

@@ -169,7 +169,7 @@ static Team* team = nullptr;
 static constexpr double ENOUGH_STEPS = 4e-6;
 
 static void work(Team* team, Work what, const void* task, const Data& d, int threads) {
-    const long groups = (d.batch + KERNEL.lanes - 1) / KERNEL.lanes;
+    const long lanes = KERNEL.width(d.batch).lanes, groups = (d.batch + lanes - 1) / lanes;
     const double n = double(d.n), m = double(d.n_ineq), rows = double(d.n_eq + d.n_ineq);
     const double steps = n * n * n / 3 + n * n * rows + n * rows * rows + 2 * m * m * m + 20 * (n * n + n * rows + m * m);
     const double worth = 1.0 + groups * steps * ENOUGH_STEPS;  // to wake a thread takes as long as some 10⁵ of these
@@ -245,7 +245,7 @@ static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     if (!in.fine()) return nullptr;
     const long batch = task.data.batch;
     for (long b = 0; b < batch; ++b) task.settled[b] = 0;
-    if (!finish(is_float ? KERNEL.solve_float : KERNEL.solve_double, &task, task.data, threads)) return nullptr;
+    if (!finish(is_float ? KERNEL.width(batch).solve_float : KERNEL.width(batch).solve_double, &task, task.data, threads)) return nullptr;
     long settled = 0;
     for (long b = 0; b < batch; ++b) settled += task.settled[b];
     return PyLong_FromLong(settled);
@@ -273,11 +273,11 @@ static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count
     const long batch = task.data.batch;
     for (long b = 0; b < batch; ++b)
         if (degenerate[b] || !converged[b]) Py_RETURN_FALSE;
-    if (!finish(is_float ? KERNEL.adjoint_float : KERNEL.adjoint_double, &task, task.data, threads)) return nullptr;
+    if (!finish(is_float ? KERNEL.width(batch).adjoint_float : KERNEL.width(batch).adjoint_double, &task, task.data, threads)) return nullptr;
     Py_RETURN_TRUE;
 }
 
-static PyObject* describe(PyObject*, PyObject*) { return Py_BuildValue("(si)", KERNEL.name, KERNEL.lanes); }
+static PyObject* describe(PyObject*, PyObject*) { return Py_BuildValue("(si)", KERNEL.name, KERNEL.wide.lanes); }
 
 static PyMethodDef METHODS[] = {
     {"solve", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(solve)), METH_FASTCALL, nullptr},

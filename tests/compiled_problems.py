@@ -94,9 +94,13 @@ def disagreement(reference: Answer, kernel: Answer) -> dict[str, float]:
 def draw(
     n: int, n_ineq: int, n_eq: int, batch: tuple[int, ...], seed: int, *, shared: str = "", condition: float = 100.0
 ) -> Data:
-    """Programs with a solution inside; the matrices named in `shared` belong to the whole batch ("QAG")."""
-    base = random_qp(n, n_ineq, n_eq, seed=seed, condition=condition)._asdict()
-    own = random_qp(n, n_ineq, n_eq, batch=batch, seed=seed + 1000, condition=condition)._asdict()
+    """Programs with known solutions; the matrices named in `shared` belong to the whole batch ("QAG").
+
+    At most half of the unknowns are held by active inequalities: vertices may be as ill-conditioned as they like.
+    """
+    active = min(0.3, 0.5 * (n - n_eq) / n_ineq) if n_ineq else 0.0
+    base = random_qp(n, n_ineq, n_eq, seed=seed, condition=condition, active=active)._asdict()
+    own = random_qp(n, n_ineq, n_eq, batch=batch, seed=seed + 1000, condition=condition, active=active)._asdict()
     data = {name: base[name] if name in shared else own[name] for name in ("Q", "A", "G")}
     point = own["z"].unsqueeze(-1)
     slack = torch.where(own["lam"] > 0, 0.0, own["h"] - (own["G"] @ point).squeeze(-1))

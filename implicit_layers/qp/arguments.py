@@ -122,7 +122,7 @@ def refuse_values(tensors: Mapping[str, Tensor]) -> None:
     for name, wrong in _WRONG_INFINITY.items():
         if name not in tensors:
             continue
-        tensor = tensors[name]
+        tensor = tensors[name].detach()
         bad = tensor.isnan() | (tensor == wrong)
         if bool(bad.any()):
             raise NonFiniteError(

@@ -379,8 +379,20 @@ NOISY = "an unbiased estimate from its own samples, which is not the derivative 
 PROJECTIONS = (
     _projection("il.projections.box", _bounds, lambda x, lb, ub: il.projections.box(x, lb=lb, ub=ub)),
     _projection("il.projections.l2_ball", _ball, lambda x, r: il.projections.l2_ball(x, radius=r)),
-    _projection("il.projections.l1_ball", _ball, lambda x, r: il.projections.l1_ball(x, radius=r)),
-    _projection("il.projections.simplex", _ball, lambda x, r: il.projections.simplex(x, radius=r)),
+    _projection(
+        "il.projections.l1_ball",
+        _ball,
+        lambda x, r: il.projections.l1_ball(x, radius=r),
+        syncs=(3, 1, 0),
+        iterations=lambda x, r: torch.tensor(10),
+    ),
+    _projection(
+        "il.projections.simplex",
+        _ball,
+        lambda x, r: il.projections.simplex(x, radius=r),
+        syncs=(3, 1, 0),
+        iterations=lambda x, r: torch.tensor(10),
+    ),
     _projection(
         "il.projections.capped_simplex", _capped, lambda x, k, cap: il.projections.capped_simplex(x, k, cap=cap)
     ),

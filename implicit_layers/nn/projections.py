@@ -101,9 +101,7 @@ class SoftRank(_SoftOrder):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (*, n, *) -> (*, n, *)
         """The soft ranks of the scores."""
-        return softsort.soft_rank(
-            x, self.dim, temperature=self.temperature, descending=self.descending, mask=mask
-        )
+        return softsort.soft_rank(x, self.dim, temperature=self.temperature, descending=self.descending, mask=mask)
 
 
 class SoftSort(_SoftOrder):
@@ -121,6 +119,4 @@ class SoftSort(_SoftOrder):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (*, n, *) -> (*, n, *)
         """The scores, softly sorted."""
-        return softsort.soft_sort(
-            x, self.dim, temperature=self.temperature, descending=self.descending, mask=mask
-        )
+        return softsort.soft_sort(x, self.dim, temperature=self.temperature, descending=self.descending, mask=mask)

@@ -68,7 +68,7 @@ def isotonic(
         z, w, kept = torch.broadcast_tensors(z, w, kept)
         order, back = front(kept)
         y = _means(z.gather(-1, order), w.gather(-1, order), kept.gather(-1, order)).gather(-1, back)
-        y = torch.where(kept, y, 0.0)
+        y = torch.where(kept, y, 0 * z.detach())  # zero, or NaN where all of a point is
     return points.back(-y if decreasing else y)
 
 

@@ -74,7 +74,7 @@ def onto_permutahedron(
     first = torch.searchsorted(packed(block), packed(block))
     gap = s - s.detach().gather(-1, first)  # subtracted first, so that nothing is lost where s is much larger than w
     y = (gap - block_sums(gap, block) / size) / tau + block_sums(w, block) / size
-    y = y if real is None else torch.where(real, y, 0.0)
+    y = y if real is None else torch.where(real, y, 0 * (s + w).detach())  # zero, or NaN where all of a point is
     return y.gather(-1, order.argsort(-1))
 
 

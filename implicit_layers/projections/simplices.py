@@ -193,8 +193,8 @@ def capped_simplex(
               capped entry i has ∂yᵢ/∂uᵢ = 1 and takes 1/Σm from the free ones. With no free entry (a vertex, as for
               well separated x and whole k) ∂y/∂x = 0, and y has two one-sided derivatives in k: their mean is taken
               (half for the next entry to leave 0, half for the next to leave its cap). Any order.
-    Raises:   ArgumentError: k is outside [0, Σu], where Σ goes over the entries that are not masked; a cap is negative or
-              infinite; `mask` leaves no entry.  NonFiniteError: x is not finite.
+    Raises:   ArgumentError: k is outside [0, Σu], where Σ goes over the entries that are not masked; a cap is negative
+              or infinite; `mask` leaves no entry.  NonFiniteError: x is not finite.
               DtypeError, DeviceError, ShapeError: arguments that do not fit each other, or an empty axis.
     Cost:     O(n log n) time, O(n) memory.
     Source:   Wang & Lu (2015), Projection onto the capped simplex, arXiv:1503.01002.
@@ -214,10 +214,10 @@ def capped_simplex(
     most = most * (1 + 16 * torch.finfo(u.dtype).eps)  # n caps of 0.1 do not add up to 0.1 n in floating point
     every_k, most = torch.broadcast_tensors(total.detach(), most)
     rules = (
+        *some_entries(kept),
         Rule("cap", u, lambda v: (v >= 0) & v.isfinite(), "must be finite and not negative"),
         Rule("k", every_k, lambda v: (v >= 0) & (v <= most), "must be between 0 and the sum of the caps"),
     )
-    rules = (*some_entries(kept), *rules)
     enforce(finite("x", points.x), *rules)
     return points.back(_onto_capped_simplex(poisoned(points.x, *rules), total, u))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentTypeError
+from implicit_layers.nn.temperature import exponential
 from implicit_layers.polytope import Slack, check_slack, entropic_lp
 from implicit_layers.solution import OnFailure, Solution, check_on_failure
 
@@ -78,7 +79,7 @@ class EntropicLP(nn.Module):
     @property
     def temperature(self) -> Tensor | float:
         """τ: a number, or a 0-d tensor if it is learned."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+        return self._temperature if self.log_temperature is None else exponential(self.log_temperature)
 
     def solve(self, c: Tensor) -> Solution:  # (*B, n)
         """The point that the scores choose, and how it was found."""
@@ -105,6 +106,6 @@ class EntropicLP(nn.Module):
         rows = (("n_eq", self.b), ("n_ineq", self.h))
         sizes = "".join(f"{name}={x.shape[-1]}, " for name, x in rows if x is not None)
         bounds = "" if self.ub is None else "ub, "
-        temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
+        temperature = float(torch.as_tensor(self.temperature).detach())
         learned = ", learn_temperature=True" if self.log_temperature is not None else ""
         return f"{sizes}{bounds}temperature={temperature:g}{learned}, slack={self.slack!r}"

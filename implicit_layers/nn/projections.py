@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from implicit_layers import checks, softsort
 from implicit_layers.errors import ArgumentTypeError
+from implicit_layers.nn.temperature import exponential
 
 
 class Projection(nn.Module):
@@ -76,11 +77,11 @@ class _SoftOrder(nn.Module):
     @property
     def temperature(self) -> Tensor | float:
         """τ: a number, or a 0-d tensor if it is learned."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+        return self._temperature if self.log_temperature is None else exponential(self.log_temperature)
 
     def extra_repr(self) -> str:
         """The settings, as in the constructor."""
-        temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
+        temperature = float(torch.as_tensor(self.temperature).detach())
         descending = ", descending=True" if self.descending else ""
         learned = ", learn_temperature=True" if self.learn_temperature else ""
         return f"dim={self.dim}, temperature={temperature:g}{descending}{learned}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentTypeError, ShapeError
+from implicit_layers.nn.temperature import exponential
 from implicit_layers.solution import OnFailure, Solution, check_on_failure
 from implicit_layers.transport import sinkhorn
 
@@ -56,7 +57,7 @@ class Sinkhorn(nn.Module):
     @property
     def temperature(self) -> Tensor | float:
         """ε: a number, or a 0-d tensor if it is learned."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+        return self._temperature if self.log_temperature is None else exponential(self.log_temperature)
 
     def solve(self, C: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Solution:
         """The plan, and how it was found."""
@@ -81,5 +82,5 @@ class Sinkhorn(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, as in the constructor."""
-        temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
+        temperature = float(torch.as_tensor(self.temperature).detach())
         return f"temperature={temperature:g}" + (", learn_temperature=True" if self.log_temperature is not None else "")

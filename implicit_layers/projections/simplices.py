@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit_layers import checks, transforms
+from implicit_layers import checks, scores, transforms
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.projections.door import Rule, enforce, finite, kept_within, poisoned, positive, rows, some_entries
 from implicit_layers.regularizers import tangent
@@ -183,7 +183,8 @@ def capped_simplex(
 
     Args:
         x: points, n entries along `dim`.
-        k: 0 ≤ k ≤ Σu, not necessarily whole: a number, or a tensor that broadcasts with `x`, of size 1 along `dim`.
+        k: 0 ≤ k ≤ Σu, not necessarily whole: a number, or a tensor that broadcasts with `x`, of size 1 along `dim`; one
+            of integers will do.
         dim: the axis of the entries.
         cap: u ≥ 0, finite: a number, or a tensor that broadcasts with `x`, of size n or 1 along `dim`.
         mask: boolean, broadcasts with `x`; entries where it is false count as absent: y = 0, with zero gradient.
@@ -203,7 +204,7 @@ def capped_simplex(
     tensor([1.0000, 0.7500, 0.2500, 0.0000])
     """
     points, kept = rows(x, dim).masked(mask)
-    total = points.parameter("k", k)
+    total = points.parameter("k", scores.floating_count(k, x))
     u = points.parameter("cap", cap, entries=True)
     u = u.expand(*u.shape[:-1], points.x.shape[-1])
     if kept is not None:  # an entry with a cap of zero is as good as absent

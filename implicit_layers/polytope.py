@@ -270,20 +270,24 @@ class _EntropicLP(torch.autograd.Function):
         settings, _, E, _, u = inputs
         x, eta, held, null, weak, _, converged, _, _ = output
         ctx.settings = settings
+        ctx.set_materialize_grads(False)  # whoever has no cotangent pays for no solve
         ctx.mark_non_differentiable(*output[2:])
         saved = (E, u, x, eta, held, null, weak, converged)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor, grad_eta: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_x: Tensor | None, grad_eta: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_x is None and grad_eta is None:
+            return (None,) * 5
         needs_matrix = ctx.needs_input_grad[2]
         settings = ctx.settings
 
-        def work(*tensors: Tensor) -> list[Tensor | None]:
+        def work(*tensors: Any) -> list[Tensor | None]:
             *saved, grad_x, grad_eta = tensors
             at = _Linear.at(settings, *saved)
-            grad_x, grad_eta = at.good(grad_x), at.good(grad_eta)
+            grad_x = torch.zeros_like(at.x) if grad_x is None else at.good(grad_x)
+            grad_eta = torch.zeros_like(at.eta) if grad_eta is None else at.good(grad_eta)
             w, left = at.eliminate(grad_x, -grad_eta)
             p = at.weight * left
             grad_E = -(outer(at.eta, p) + outer(w, at.x)) if needs_matrix else None

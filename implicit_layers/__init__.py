@@ -44,6 +44,8 @@ from implicit_layers.lp import smoothed_lp as smoothed_lp
 from implicit_layers.lp import spo_plus_loss as spo_plus_loss
 from implicit_layers.polytope import entropic_lp as entropic_lp
 from implicit_layers.qp import solve_qp as solve_qp
+from implicit_layers.regularized import regularized_lp as regularized_lp
+from implicit_layers.regularized import regularized_lp_loss as regularized_lp_loss
 from implicit_layers.regularizers import Regularizer as Regularizer
 from implicit_layers.regularizers import register_regularizer as register_regularizer
 from implicit_layers.regularizers import regularized_argmax as regularized_argmax

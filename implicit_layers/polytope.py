@@ -25,6 +25,7 @@ from implicit_layers.errors import ArgumentError, DeviceError, ShapeError
 from implicit_layers.kkt.quadratic import expand, matvec, outer, transposed_matvec, unexpand
 from implicit_layers.kkt.schur import SchurSolve
 from implicit_layers.legacy_vmap import modernised
+from implicit_layers.regularizers import Regularizer
 from implicit_layers.solution import OnFailure, Solution, SolveInfo, Status, check_on_failure, report_failure
 from implicit_layers.solvers import dual_start
 from implicit_layers.solvers.dual_newton import DualNewton
@@ -101,9 +102,9 @@ def entropic_lp(
     check_slack(slack)
     checks.positive("tol", tol)
     checks.whole("max_iter", max_iter, least=1)
-    dtype, n_eq, checked, theta, E, f, u = _at_the_door(c, A, b, G, h, ub, temperature)
-    settings = _Settings(DualNewton(tol, max_iter), slack == "entropic", n_eq, on_failure, checked, dtype)
-    outputs = _differentiable(settings, theta, E, f, u)
+    dtype, n_eq, checked, theta, E, f, u = at_the_door("entropic_lp", c, A, b, G, h, ub, temperature)
+    settings = Settings(DualNewton(tol, max_iter), slack == "entropic", n_eq, on_failure, checked, dtype)
+    outputs = differentiable(settings, theta, E, f, u)
     status, converged, iterations, residual = outputs[-4:]
     return Solution(outputs[0].to(dtype), SolveInfo(status, converged, iterations, residual.to(dtype)))
 
@@ -114,7 +115,8 @@ def check_slack(slack: str) -> None:
         raise ArgumentError(f"slack must be one of {SLACKS}, got {slack!r}")
 
 
-def _at_the_door(
+def at_the_door(
+    what: str,
     c: Tensor,
     A: Tensor | None,
     b: Tensor | None,
@@ -124,14 +126,14 @@ def _at_the_door(
     temperature: Tensor | float,
 ) -> tuple[torch.dtype, int, bool, Tensor, Tensor, Tensor, Tensor]:
     """Check the arguments; in float64 and of one batch shape: θ = c/τ, E, f, u."""
-    checks.paired("entropic_lp", A, b, G, h)
+    checks.paired(what, A, b, G, h)
     optional = {"A": A, "b": b, "G": G, "h": h, "ub": ub if isinstance(ub, Tensor) else None}
     tensors = {"c": c} | {name: tensor for name, tensor in optional.items() if tensor is not None}
     tensors = checks.without_autocast(tensors)
     c, ub = tensors["c"], tensors.get("ub", ub)
     dtype, device = checks.floating_tensors(**tensors)
     if device.type == "meta" and type(c) in (Tensor, torch.nn.Parameter):
-        raise DeviceError("entropic_lp: the arguments are on the meta device, which holds no numbers to solve with")
+        raise DeviceError(f"{what}: the arguments are on the meta device, which holds no numbers to solve with")
     if c.ndim < 1 or c.shape[-1] == 0:
         raise ShapeError(f"c must have shape (*B, n) with n at least 1, got {tuple(c.shape)}")
     n = c.shape[-1]
@@ -177,11 +179,11 @@ def _check_bounds(u: Tensor) -> None:
         )
 
 
-def _suspicion(x: Tensor, f: Tensor, theta: Tensor, settings: _Settings) -> str:  # (n,), (m,), (n,)
+def _suspicion(x: Tensor, f: Tensor, theta: Tensor, settings: Settings) -> str:  # (n,), (m,), (n,)
     """What the last iterate of a problem that failed tells of the reason."""
     dtype = settings.dtype
     largest = float(x.nan_to_num(torch.inf, torch.inf).amax())
-    if largest > torch.finfo(dtype).max:
+    if largest > torch.finfo(dtype).max and settings.chosen is None:
         return (
             f"x overflows {dtype}: an entry is about exp(c/temperature - 1) = {largest:.1e} where nothing bounds it; "
             "raise the temperature, or bound x with rows or ub."
@@ -201,7 +203,7 @@ def _suspicion(x: Tensor, f: Tensor, theta: Tensor, settings: _Settings) -> str:
     return ""
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """What a solve needs besides tensors."""
 
     solver: DualNewton
@@ -210,13 +212,15 @@ class _Settings(NamedTuple):
     on_failure: OnFailure
     checked: bool  # whether the values of the arguments are known to be finite
     dtype: torch.dtype  # of the caller
+    chosen: Regularizer | None = None  # None: entropy
+    what: str = "entropic_lp"
 
 
 class _EntropicLP(torch.autograd.Function):
     """(θ, E, f, u), all of one batch shape, to (x, η, held, null, weak, info...)."""
 
     @staticmethod
-    def forward(settings: _Settings, theta: Tensor, E: Tensor, f: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+    def forward(settings: Settings, theta: Tensor, E: Tensor, f: Tensor, u: Tensor) -> tuple[Tensor, ...]:
         if not settings.checked:
             checks.finite(c=theta, A_or_G=E, b_or_h=f)
             _check_bounds(u)
@@ -224,7 +228,9 @@ class _EntropicLP(torch.autograd.Function):
         size = batch.numel()
         flat = theta.reshape(size, n), unexpand(E, 2, batch), f.reshape(size, m), u.reshape(size, n)
         solver = settings.solver
-        dual, null = dual_start.solve(*flat, settings.n_eq, entropic=settings.entropic, solver=solver)
+        dual, null = dual_start.solve(
+            *flat, settings.n_eq, entropic=settings.entropic, solver=solver, maps=settings.chosen
+        )
         representable = torch.isfinite(dual.x.to(settings.dtype)).all(-1)
         converged = (dual.status == int(Status.CONVERGED)) & representable
         dual = dual._replace(residual=torch.where(representable, dual.residual, torch.inf))
@@ -235,7 +241,7 @@ class _EntropicLP(torch.autograd.Function):
         if settings.on_failure != "ignore" and not checks.host_bool(converged.all()):
             hint = _suspicion(dual.x[~converged][0], flat[2][~converged][0], flat[0][~converged][0], settings)
         report_failure(
-            info, settings.on_failure, what="entropic_lp", tol=solver.tol, max_iter=solver.max_iter, hint=hint
+            info, settings.on_failure, what=settings.what, tol=solver.tol, max_iter=solver.max_iter, hint=hint
         )
         return (
             dual.x.reshape(*batch, n).clone(),
@@ -251,20 +257,24 @@ class _EntropicLP(torch.autograd.Function):
         settings, _, E, _, u = inputs
         x, eta, held, null, weak, _, converged, _, _ = output
         ctx.settings = settings
+        ctx.set_materialize_grads(False)  # whoever has no cotangent pays for no solve
         ctx.mark_non_differentiable(*output[2:])
         saved = (E, u, x, eta, held, null, weak, converged)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor, grad_eta: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_x: Tensor | None, grad_eta: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_x is None and grad_eta is None:
+            return (None,) * 5
         needs_matrix = ctx.needs_input_grad[2]
         settings = ctx.settings
 
-        def work(*tensors: Tensor) -> list[Tensor | None]:
+        def work(*tensors: Any) -> list[Tensor | None]:
             *saved, grad_x, grad_eta = tensors
             at = _Linear.at(settings, *saved)
-            grad_x, grad_eta = at.good(grad_x), at.good(grad_eta)
+            grad_x = torch.zeros_like(at.x) if grad_x is None else at.good(grad_x)
+            grad_eta = torch.zeros_like(at.eta) if grad_eta is None else at.good(grad_eta)
             w, left = at.eliminate(grad_x, -grad_eta)
             p = at.weight * left
             grad_E = -(outer(at.eta, p) + outer(w, at.x)) if needs_matrix else None
@@ -287,13 +297,13 @@ class _EntropicLP(torch.autograd.Function):
             return at.weight * left + at.good(by_bound), d_eta, *(None for _ in range(7))
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], settings: _Settings, *tensors: Tensor) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], settings: Settings, *tensors: Tensor) -> tuple[Any, Any]:
         outputs = _EntropicLP.apply(settings, *transforms.map_to_front(info.batch_size, in_dims[1:], tensors))
         return outputs, (0,) * len(outputs)
 
 
 @uncompiled
-def _differentiable(settings: _Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
+def differentiable(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
     """`_EntropicLP` as a function that the compiler leaves whole."""
     outputs: tuple[Tensor, ...] = _EntropicLP.apply(settings, *tensors)
     return outputs
@@ -315,7 +325,7 @@ class _Linear(NamedTuple):
 
     @staticmethod
     def at(
-        settings: _Settings,
+        settings: Settings,
         E: Tensor,
         u: Tensor,
         x: Tensor,
@@ -338,7 +348,8 @@ class _Linear(NamedTuple):
             slack = torch.where(inequality, (-eta - 1).exp(), 0.0)
         else:
             capped = bounded & (x >= u) & converged.unsqueeze(-1)
-            weight, by_bound = torch.where(capped, 0.0, x), capped.to(x.dtype)
+            weight = x if settings.chosen is None else settings.chosen.weights(x)
+            weight, by_bound = torch.where(capped, 0.0, weight), capped.to(x.dtype)
         return _Linear(E, x, eta, weight, by_bound, slack, held, null, weak & converged, converged)
 
     def good(self, t: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ A y = b the same reads M = A diag(s) Aᵀ/τ, w = M⁻¹ A diag(s) g/τ, p = dia
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from implicit_layers.eager import uncompiled
 from implicit_layers.errors import ArgumentError, ArgumentTypeError
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.scores import Empty
+from implicit_layers.solvers import entmax_newton
 from implicit_layers.solvers.shift import pivots, shift
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -44,6 +46,7 @@ class Regularizer:
         value:  y ↦ φ(y), finite at 0 where the loss shall take targets with zeros.
         slope:  y ↦ φ'(y), for y in (0, cap).
         cap:    the largest value of an entry.
+        solve:  (x, k, τ), (*B, n) and twice (*B, 1), to y, where there is a better way than Newton for ν; else None.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Regularizer:
     value: Elementwise
     slope: Elementwise
     cap: float = float("inf")
+    solve: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def inside(self, y: Tensor) -> tuple[Tensor, Tensor]:  # (*B, n) -> (*B, n), (*B, n)
         """Which entries are between the bounds, and y with a harmless constant elsewhere."""
@@ -151,13 +155,14 @@ def regularizer(regulariser: str | Regularizer) -> Regularizer:
     return _REGISTERED[regulariser]
 
 
-def tangent(s: Tensor, v: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, n)
+def tangent(s: Tensor, v: Tensor, *, steep: bool = False) -> Tensor:  # (*B, n), (*B, n) -> (*B, n)
     """The map v ↦ s ∘ (v − ⟨s, v⟩/⟨s, 1⟩), the symmetric map that both derivatives need; zero for weights all zero.
 
-    It does not see a constant added to v. In float64 the v of the largest weight is taken off first, so that the
-    result is right to rounding relative to its own size, also where one entry has nearly all the weight.
+    It does not see a constant added to v. In float64, and where the weights are `steep`, the v of the largest weight is
+    taken off first, so that the result is right to rounding relative to its own size, also where one entry has nearly
+    all the weight.
     """
-    if v.dtype == torch.float64:
+    if steep or v.dtype == torch.float64:
         v = v - v.gather(-1, s.detach().argmax(-1, keepdim=True))
     total = s.sum(-1, keepdim=True)
     mean = (s * v).sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0)
@@ -185,7 +190,8 @@ def regularized_argmax(
             own, or what `register_regularizer` returned.
         dim: the axis of the n scores.
         temperature: τ > 0, a number or a tensor of size 1 along `dim`, differentiated.
-        total: k, between 0 and cap times the number of entries that are not masked; as `temperature`.
+        total: k, between 0 and cap times the number of entries that are not masked; as `temperature`. An integer
+            tensor will do, and has no gradient.
         mask: boolean, True where an entry may be chosen; the others are as if their score were −inf.
         empty: what a problem without entries gets: an error, equal entries k/n, or zeros.
 
@@ -217,7 +223,7 @@ def choose(
     scores.check_empty(empty)
     axis = scores.axis_of(x, dim)
     tau = scores.temperature_of(x, axis, temperature)
-    k = scores.per_problem(name, total, x, axis)
+    k = scores.per_problem(name, scores.floating_count(total, x), x, axis)
     x = scores.masked(x, mask)
     rows, _, settings = scores.rows(x, axis, empty, tau, k)
     ones = torch.ones_like(rows[..., :1])
@@ -249,6 +255,8 @@ class _Choice(torch.autograd.Function):
 
     @staticmethod
     def forward(chosen: Regularizer, x: Tensor, total: Tensor, tau: Tensor) -> Tensor:
+        if chosen.solve is not None:
+            return chosen.solve(x, total, tau)
         top, most = x.amax(-1, keepdim=True), torch.finfo(x.dtype).max / 4
         pivot, below = pivots(x, total, chosen.cap)
         pivot = torch.where(pivot.isfinite(), pivot, top)
@@ -277,7 +285,7 @@ class _Choice(torch.autograd.Function):
 
         def work(x: Tensor, tau: Tensor, y: Tensor, g: Tensor) -> list[Tensor | None]:
             s = chosen.weights(y)
-            p = tangent(s, g) / tau
+            p = tangent(s, g, steep=chosen.solve is not None) / tau
             grad_tau = -(p * chosen.slopes(y)).sum(-1, keepdim=True) if needs_tau else None
             grad_total = (share(chosen, s, x, y) * g).sum(-1, keepdim=True) if needs_total else None
             return [p if needs_x else None, grad_total, grad_tau]
@@ -298,7 +306,7 @@ class _Choice(torch.autograd.Function):
                     moved = moved + torch.where(s > 0, d_x, 0.0)
                 if d_tau is not None:
                     moved = moved - chosen.slopes(y) * d_tau
-                d_y = tangent(s, moved) / tau
+                d_y = tangent(s, moved, steep=chosen.solve is not None) / tau
                 return [d_y if d_total is None else d_y + share(chosen, s, x, y) * d_total]
 
             d_y: Any = modernised(work, (d_x, d_total, d_tau, *transforms.primals(ctx.saved_tensors)))[0]
@@ -391,12 +399,26 @@ def tsallis(alpha: float) -> Regularizer:
     if alpha <= 1:
         raise ArgumentError(f'alpha must be above 1, got {alpha}; "entropy" is the limit at 1')
     d = float(alpha) - 1
+
+    def solve(x: Tensor, total: Tensor, tau: Tensor) -> Tensor:
+        """Scaled to a sum of one, where y/k is entmax at the temperature τ kᵈ."""
+        rows = x.reshape(-1, x.shape[-1])
+        hot = (tau * total**d).reshape(-1, 1)
+        y = entmax_newton.solve(rows, rows.amax(-1, keepdim=True), hot, d + 1).y
+        return y.reshape(x.shape) * total
+
+    def weight(y: Tensor) -> Tensor:
+        """1/φ'', bounded by the square of the precision where an entry just above zero has an unbounded slope."""
+        most = -2 * math.log(torch.finfo(y.dtype).eps)
+        return ((1 - d) * y.log()).clamp(max=most).exp()
+
     made = Regularizer(
         f"tsallis({float(alpha):g})",
         primal=lambda s: (1 / (1 + d) + d * s).clamp(min=0).pow(1 / d),
-        weight=lambda y: y.pow(1 - d),
+        weight=weight,
         value=lambda y: (y.pow(1 + d) - y) / (d * (1 + d)),
         slope=lambda y: (y.pow(d) - 1 / (1 + d)) / d,
+        solve=solve,
     )
     _check_maps(made)
     return made

@@ -65,6 +65,13 @@ def _broadcast(name: str, value: Tensor, x: Tensor) -> None:
         ) from None
 
 
+def floating_count(value: Tensor | float, x: Tensor) -> Tensor | float:
+    """A number of things, which may be an integer tensor, in the dtype of the computation."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        return value
+    return value.to(torch.float32 if x.dtype in HALF else x.dtype)
+
+
 def temperature_of(x: Tensor, axis: int, temperature: Tensor | float) -> Tensor | float:
     """The temperature in the dtype of the computation; everything but the values of a tensor is checked."""
     tau = per_problem("temperature", temperature, x, axis)

@@ -12,12 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicit_layers.projections.door import Rows, Rule, enforce, finite, poisoned, rows
+from implicit_layers.projections.door import Rows, Rule, enforce, finite, poisoned, rows, some_entries
 from implicit_layers.projections.permutations import onto_permutahedron
 
 
 def soft_rank(
-    x: Tensor, dim: int = -1, *, temperature: Tensor | float = 1.0, descending: bool = False
+    x: Tensor,
+    dim: int = -1,
+    *,
+    temperature: Tensor | float = 1.0,
+    descending: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:  # (*, n, *) -> (*, n, *)
     r"""Rank scores, softly: 1 for the smallest, n for the largest.
 
@@ -30,11 +35,13 @@ def soft_rank(
             along `dim`. Once τ is below every gap between scores, y* are the hard ranks and the gradient is zero; once
             it is large, all ranks approach (n + 1)/2.
         descending: 1 for the largest instead.
+        mask: boolean, broadcasts with `x`; entries where it is false count as absent: they have rank 0, with zero
+            gradient, and the m others have the ranks from 1 to m.
 
     Returns:  y*, with the dtype and device of `x`, its shape broadcast with the one of `temperature`. Ties share ranks.
     Gradient: on a block B of scores that are nearer than τ allows: ∂y/∂x = (I − 11ᵀ/|B|)/τ; to τ too. Any order.
               Where blocks only just touch, one generalised Jacobian.
-    Raises:   ArgumentError: τ is not positive.  NonFiniteError: x is not finite.
+    Raises:   ArgumentError: τ is not positive, or `mask` leaves no entry.  NonFiniteError: x is not finite.
               DtypeError, DeviceError, ShapeError: arguments that do not fit each other, or an empty axis.
     Cost:     O(n log² n) time, O(n) memory, no loop over the batch.
     Source:   Blondel, Teboul, Berthet & Djolonga (2020), Fast differentiable sorting and ranking, arXiv:2002.08871.
@@ -44,14 +51,20 @@ def soft_rank(
     >>> soft_rank(torch.tensor([2.9, 0.1, 1.2]), temperature=2.0)
     tensor([2.7500, 1.3500, 1.9000])
     """
-    points, tau = _scores(x, dim, temperature)
+    points, tau, kept = _scores(x, dim, temperature, mask)
     sign = -1.0 if descending else 1.0
     ranks = torch.arange(1, points.x.shape[-1] + 1, dtype=points.x.dtype, device=points.x.device)
-    return points.back(onto_permutahedron(sign * points.x, ranks, tau))
+    first = None if kept is None else ranks <= kept.sum(-1, keepdim=True)
+    return points.back(onto_permutahedron(sign * points.x, ranks, tau, kept=kept, kept_w=first))
 
 
 def soft_sort(
-    x: Tensor, dim: int = -1, *, temperature: Tensor | float = 1.0, descending: bool = False
+    x: Tensor,
+    dim: int = -1,
+    *,
+    temperature: Tensor | float = 1.0,
+    descending: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:  # (*, n, *) -> (*, n, *)
     r"""Sort scores, softly.
 
@@ -64,6 +77,8 @@ def soft_sort(
             size 1 along `dim`. Once 1/τ is above every gap between neighbours, y* are the sorted scores; once τ is
             large, all entries approach the mean of x.
         descending: from large to small.
+        mask: boolean, broadcasts with `x`; entries where it is false count as absent, with zero gradient: the m others
+            are sorted into the first m places, and the last ones are 0.
 
     Returns:  y*, with the dtype and device of `x`, its shape broadcast with the one of `temperature`; in order.
     Gradient: a block B of sorted places gets the mean of its scores, so ∂y/∂x = 11ᵀ/|B| there; to τ too. Any order.
@@ -77,17 +92,22 @@ def soft_sort(
     >>> soft_sort(torch.tensor([2.9, 0.1, 1.2]), temperature=1.0)
     tensor([0.4000, 1.4000, 2.4000])
     """
-    points, tau = _scores(x, dim, temperature)
+    points, tau, kept = _scores(x, dim, temperature, mask)
     places = torch.arange(1, points.x.shape[-1] + 1, dtype=points.x.dtype, device=points.x.device)
-    return points.back(onto_permutahedron((places.flip(0) if descending else places) / tau, points.x))
+    first = None if kept is None else places <= kept.sum(-1, keepdim=True)
+    places = (places.flip(0) if descending else places) / tau
+    return points.back(onto_permutahedron(places, points.x, kept=first, kept_w=kept))
 
 
-def _scores(x: Tensor, dim: int, temperature: Tensor | float) -> tuple[Rows, Tensor]:
-    """Scores and temperature, checked."""
-    points = rows(x, dim)
+def _scores(
+    x: Tensor, dim: int, temperature: Tensor | float, mask: Tensor | None
+) -> tuple[Rows, Tensor, Tensor | None]:
+    """Scores, temperature and mask, checked."""
+    points, kept = rows(x, dim).masked(mask)
     tau = points.parameter("temperature", temperature)
     n = points.x.shape[-1]
     must = f"must be positive and finite, and {n}/temperature finite too"
     rule = Rule("temperature", tau, lambda v: (v > 0) & v.isfinite() & (n / v).isfinite(), must)
-    enforce(finite("x", points.x), rule)
-    return points._replace(x=poisoned(points.x, rule)), tau
+    rules = (rule, *some_entries(kept))
+    enforce(finite("x", points.x), *rules)
+    return points._replace(x=poisoned(points.x, *rules)), tau, kept

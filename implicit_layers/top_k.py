@@ -34,7 +34,8 @@ def soft_top_k(
 
     Args:
         x: scores, n of them along `dim`; −inf masks an entry. float16 and bfloat16 are computed in float32.
-        k: real, between 0 and the number of entries that are not masked; a tensor is differentiated.
+        k: real, between 0 and the number of entries that are not masked; a tensor is differentiated, one of integers
+            is taken as it is.
         dim: the axis of the n scores.
         temperature: τ > 0, as in `softmax`.
         regulariser: "entropy", smooth, or "euclidean", piecewise linear with exact zeros and ones.

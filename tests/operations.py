@@ -243,6 +243,52 @@ def _polytope(batch: Batch, seed: int) -> dict[str, Tensor]:
     }
 
 
+def _regularized_lp(regulariser: str) -> Operation:
+    names = ("c", "A", "b", "temperature")
+
+    def solve(*tensors: Tensor) -> il.Solution:
+        return il.regularized_lp(regulariser=regulariser, **dict(zip(names, tensors, strict=True)))
+
+    def make(batch: Batch, seed: int) -> Tensors:
+        data = _polytope(batch, seed)
+        return tuple(data[name] for name in names)
+
+    return Operation(
+        name=f"il.regularized_lp: {regulariser}",
+        make=make,
+        call=lambda *tensors: (solve(*tensors).value,),
+        events=tuple(POLYTOPE_EVENTS[name] for name in names),
+        syncs=(16, 8, 6),
+        iterations=lambda *tensors: solve(*tensors).info.iterations,
+    )
+
+
+def _regularized_lp_loss(regulariser: str) -> Operation:
+    """In the scores and the temperature; a target is a point of one polytope."""
+
+    def rows(c: Tensor) -> dict[str, Tensor]:
+        A = torch.tensor([[0.9, 0.2, 0.5, 0.6, 0.3], [0.1, 0.8, 0.4, 0.3, 0.7]], dtype=c.dtype, device=c.device)
+        target = torch.tensor([0.6, 0.3, 0.5, 0.4, 0.7], dtype=c.dtype, device=c.device)
+        return {"A": A, "b": A @ target, "target": target}
+
+    def solve(c: Tensor, temperature: Tensor) -> il.Solution:
+        data = rows(c)
+        return il.regularized_lp(c, regulariser, A=data["A"], b=data["b"], temperature=temperature)
+
+    def make(batch: Batch, seed: int) -> Tensors:
+        data = _polytope(batch, seed)
+        return data["c"], data["temperature"]
+
+    return Operation(
+        name=f"il.regularized_lp_loss: {regulariser}",
+        make=make,
+        call=lambda c, t: (il.regularized_lp_loss(c, regulariser=regulariser, temperature=t, **rows(c)),),
+        events=(1, 1),
+        syncs=(17, 8, 0),
+        iterations=lambda c, t: solve(c, t).info.iterations,
+    )
+
+
 def _entropic_lp(what: str, names: tuple[str, ...], slack: str = "hard") -> Operation:
     def solve(*tensors: Tensor) -> il.Solution:
         return il.entropic_lp(**dict(zip(names, tensors, strict=True)), slack=slack)
@@ -379,8 +425,20 @@ NOISY = "an unbiased estimate from its own samples, which is not the derivative 
 PROJECTIONS = (
     _projection("il.projections.box", _bounds, lambda x, lb, ub: il.projections.box(x, lb=lb, ub=ub)),
     _projection("il.projections.l2_ball", _ball, lambda x, r: il.projections.l2_ball(x, radius=r)),
-    _projection("il.projections.l1_ball", _ball, lambda x, r: il.projections.l1_ball(x, radius=r)),
-    _projection("il.projections.simplex", _ball, lambda x, r: il.projections.simplex(x, radius=r)),
+    _projection(
+        "il.projections.l1_ball",
+        _ball,
+        lambda x, r: il.projections.l1_ball(x, radius=r),
+        syncs=(3, 1, 0),
+        iterations=lambda x, r: torch.tensor(10),
+    ),
+    _projection(
+        "il.projections.simplex",
+        _ball,
+        lambda x, r: il.projections.simplex(x, radius=r),
+        syncs=(3, 1, 0),
+        iterations=lambda x, r: torch.tensor(10),
+    ),
     _projection(
         "il.projections.capped_simplex", _capped, lambda x, k, cap: il.projections.capped_simplex(x, k, cap=cap)
     ),
@@ -576,6 +634,9 @@ OPERATIONS = (
     _solve_qp(": bounds", 3, 2, 1, bounds=True),
     _solve_qp(": linear program", 3, 1, 1, bounds=True, linear=True),
     _entropic_lp("", ("c", "A", "b", "temperature")),
+    _regularized_lp("euclidean"),
+    _regularized_lp("binary_entropy"),
+    _regularized_lp_loss("euclidean"),
     _entropic_lp(": inequalities", POLYTOPE_NAMES),
     _entropic_lp(": entropic slack", POLYTOPE_NAMES, "entropic"),
     Operation(

@@ -1,6 +1,7 @@
 """The modules of the family hold settings or learned numbers and call one function each; nothing else."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -86,3 +87,19 @@ def test_bad_settings_are_refused_at_once():
             module(temperature=0.0)
         with pytest.raises(TypeError, match="dim"):
             module(dim=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("module", [il.nn.Softmax, il.nn.Sparsemax, lambda **kw: il.nn.SoftTopK(2, **kw)])
+def test_a_temperature_that_runs_off_is_held_where_it_can_be_used_and_comes_back(module, dtype):
+    layer = module(learn_temperature=True).to(dtype)
+    x = torch.tensor([0.0, 1.0, 3.0], dtype=dtype)
+    for log_tau in (-1e4, -200.0 if dtype == torch.float32 else -800.0, 200.0, 1e4):
+        layer.log_temperature.data.fill_(log_tau)
+        y = layer(x)
+        assert y.isfinite().all() and 0 < float(layer.temperature.detach()) < math.inf
+        layer.log_temperature.grad = None
+        layer.temperature.log().backward()
+        assert float(layer.log_temperature.grad) == pytest.approx(1.0)  # the slope of log τ: never dead
+    layer.log_temperature.data.fill_(-50.0)
+    torch.testing.assert_close(layer.temperature, torch.tensor(math.exp(-50), dtype=dtype), rtol=1e-5, atol=0.0)

@@ -333,12 +333,53 @@ def test_a_closed_box_and_capped_entries_of_zero_width():
 def test_a_planted_wrong_support_is_caught(monkeypatch):
     right = simplices._support
     monkeypatch.setattr(simplices, "_support", lambda z, r: right(z, 0.5 * r))
+    monkeypatch.setattr(simplices, "_onto_simplex", simplices._by_sorting)
     with pytest.raises(AssertionError):
         check_optimal("simplex", draw(5, 4), torch.ones(5, 1).double(), torch.ones(5, 4).double())
 
 
+@pytest.mark.parametrize("name", ["simplex", "l1_ball"])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("n", [1, 2, 33, 4096])
+def test_newton_and_sort_agree_in_value_and_every_derivative(name, dtype, tol, n, monkeypatch):
+    x, g, t = (draw(6, n, seed=s).to(dtype) for s in range(3))
+    r = (n * draw(6, 1, seed=3).sigmoid() / 4).to(dtype)
+
+    def everything():
+        one, two = x.clone().requires_grad_(), r.clone().requires_grad_()
+        y = getattr(projections, name)(one, radius=two)
+        first = torch.autograd.grad(y, (one, two), g, create_graph=True)
+        moved = [
+            torch.autograd.functional.jvp(lambda x: getattr(projections, name)(x, radius=r), x, t)[1],
+            torch.autograd.functional.jvp(lambda r: getattr(projections, name)(x, radius=r), r, t[:, :1])[1],
+        ]
+        with torch.autograd.forward_ad.dual_level():
+            pair = torch.autograd.forward_ad.make_dual(x, t), torch.autograd.forward_ad.make_dual(r, t[:, :1])
+            tangent = torch.autograd.forward_ad.unpack_dual(getattr(projections, name)(pair[0], radius=pair[1])).tangent
+        turned = getattr(projections, name)(x.mT, 0, radius=r.mT).mT
+        return [y.detach(), *(f.detach() for f in first), *moved, tangent, turned, y.sum(-1).detach()]
+
+    by_newton = everything()
+    monkeypatch.setattr(simplices, "_onto_simplex", simplices._by_sorting)
+    for found, expected in zip(by_newton, everything(), strict=True):
+        close(found, expected, tol * (1 + n**0.5))
+    assert torch.equal(by_newton[0] > 0, everything()[0] > 0) or dtype == torch.float32
+
+
+def test_the_simplex_is_sparsemax_at_temperature_one():
+    x = draw(5, 300).float()
+    assert torch.equal(projections.simplex(x), il.sparsemax(x))
+
+
 def test_a_planted_wrong_gradient_is_caught(monkeypatch):
     x = draw(5, 4).requires_grad_()
+    assert torch.autograd.gradcheck(projections.simplex, x)
+    right = simplices.tangent
+    monkeypatch.setattr(simplices, "tangent", lambda s, v: 1.01 * right(s, v))
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(projections.simplex, x)
+    monkeypatch.undo()
+    monkeypatch.setattr(simplices, "_onto_simplex", simplices._by_sorting)
     assert torch.autograd.gradcheck(projections.simplex, x)
     monkeypatch.setattr(simplices, "kept_within", lambda y, lower: 1.01 * y - 0.01 * y.detach())
     with pytest.raises(GradcheckError):

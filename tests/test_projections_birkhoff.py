@@ -156,3 +156,30 @@ def test_what_is_too_large_for_its_sums_is_never_returned_as_doubly_stochastic()
     off = (Y.detach().sum(-1) - 1).abs().amax(-1) + (Y.detach().sum(-2) - 1).abs().amax(-1)
     (gradient,) = torch.autograd.grad(Y.square().sum(), X)
     assert (gradient[1] == 0).all() or off[1] <= 2e-6
+
+
+@pytest.mark.parametrize("size", [1e9, 1e12, 1e15, 1e18, 1e100, 1e300])
+@pytest.mark.parametrize("n", [3, 17])
+def test_entries_of_any_size_give_the_best_permutation(size, n):
+    X = (size * draw(4, n, n)).requires_grad_()
+    Y = birkhoff(X)
+    for x, y in zip(X.detach(), Y.detach(), strict=True):
+        rows, columns = linear_sum_assignment((x / size).numpy(), maximize=True)
+        expected = torch.zeros_like(y)
+        expected[rows, columns] = 1.0
+        assert torch.equal(y, expected)
+    (gradient,) = torch.autograd.grad(Y, X, draw(4, n, n, seed=1))
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("power", [30, 36, 42])
+def test_digits_beside_huge_shifts_and_huge_barriers_are_not_lost(power):
+    S, G = (8 * draw(5, 6, 6)).round() / 32, draw(5, 6, 6, seed=9)  # so that sums with powers of two are exact
+    allowed = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).bool()
+    rows, columns = (torch.randint(-8, 9, (5, 6), generator=torch.Generator().manual_seed(s)).double() for s in (1, 2))
+    barrier = torch.where(allowed, 0.0, -(2.0 ** (power + 3)))
+    X = (S + 2.0**power * (rows.unsqueeze(-1) + columns.unsqueeze(-2)) + barrier).requires_grad_()
+    plain = S.clone().requires_grad_()
+    Y, expected = birkhoff(X), birkhoff(plain, mask=allowed)
+    close(Y, expected, 1e-11)
+    close(torch.autograd.grad(Y, X, G)[0], torch.autograd.grad(expected, plain, G)[0], 1e-9)

@@ -165,3 +165,17 @@ def test_refusals():
         il.soft_top_k(x, 1, regulariser="l2")
     with pytest.raises(il.ShapeError, match="k"):
         il.soft_top_k(x, torch.ones(3))
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_a_tensor_of_integers_counts(regulariser, dtype):
+    x = draw(3, 6)
+    k = torch.tensor([[0], [2], [6]], dtype=dtype)
+    for scores_ in (x, x.float(), x.half()):
+        one_by_one = [il.soft_top_k(scores_[i], int(k[i]), regulariser=regulariser) for i in range(3)]
+        expected = torch.stack(one_by_one)
+        torch.testing.assert_close(il.soft_top_k(scores_, k, regulariser=regulariser), expected)
+    torch.testing.assert_close(il.projections.capped_simplex(x, k), il.projections.capped_simplex(x, k.double()))
+    with pytest.raises(il.DtypeError, match="k"):
+        il.soft_top_k(x, k > 0, regulariser=regulariser)

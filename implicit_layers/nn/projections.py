@@ -46,9 +46,10 @@ class Projection(nn.Module):
             else:
                 self.register_buffer(name, value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The projection of x."""
-        return self.projection(x, **self.settings, **{name: getattr(self, name) for name in self._tensors})
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The projection of x; a mask is passed on as `mask`."""
+        given = {} if mask is None else {"mask": mask}
+        return self.projection(x, **self.settings, **{name: getattr(self, name) for name in self._tensors}, **given)
 
     def extra_repr(self) -> str:
         """The projection and its settings."""
@@ -84,9 +85,9 @@ class SoftRank(_SoftOrder):
     tensor([3., 1., 2.])
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # (*, n, *) -> (*, n, *)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (*, n, *) -> (*, n, *)
         """The soft ranks of the scores."""
-        return softsort.soft_rank(x, self.dim, temperature=self.temperature, descending=self.descending)
+        return softsort.soft_rank(x, self.dim, temperature=self.temperature, descending=self.descending, mask=mask)
 
 
 class SoftSort(_SoftOrder):
@@ -100,6 +101,6 @@ class SoftSort(_SoftOrder):
     tensor([0.1000, 1.2000, 2.9000])
     """
 
-    def forward(self, x: Tensor) -> Tensor:  # (*, n, *) -> (*, n, *)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (*, n, *) -> (*, n, *)
         """The scores, softly sorted."""
-        return softsort.soft_sort(x, self.dim, temperature=self.temperature, descending=self.descending)
+        return softsort.soft_sort(x, self.dim, temperature=self.temperature, descending=self.descending, mask=mask)

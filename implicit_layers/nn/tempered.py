@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentTypeError
+from implicit_layers.nn.temperature import exponential
 
 
 class Tempered(nn.Module):
     """A module with a temperature that may be learned.
 
     A learned temperature is stored as `log_temperature`, whose exponential is used, so that an optimiser can never
-    make it negative. It has the given dtype, else the default one: `module.double()` for float64 scores; for float16
-    and bfloat16 scores leave it in float32.
+    make it negative; it is held between 3e-29 and 3e28 (4e-231 and 3e230 in float64), with the gradient at that bound
+    beyond. It has the given dtype, else the default one: `module.double()` for float64 scores; for float16 and
+    bfloat16 scores leave it in float32.
     """
 
     log_temperature: nn.Parameter | None
@@ -34,11 +36,11 @@ class Tempered(nn.Module):
     @property
     def temperature(self) -> Tensor | float:
         """τ: a number, or a 0-d tensor if it is learned."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+        return self._temperature if self.log_temperature is None else exponential(self.log_temperature)
 
     def extra_repr(self) -> str:
         """The temperature, as in the constructor."""
-        temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
+        temperature = float(torch.as_tensor(self.temperature).detach())
         return f"temperature={temperature:g}" + (", learn_temperature=True" if self.learn_temperature else "")
 
 

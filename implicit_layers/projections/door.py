@@ -1,7 +1,8 @@
 """The arguments of a projection, checked and laid out so that the entries of one point are the last axis.
 
 A projection has a point `x` and parameters. A parameter belongs to a whole point (a radius: size 1 along `dim`) or to
-its entries (a normal: size n or 1 along `dim`); all of them broadcast with `x`.
+its entries (a normal: size n or 1 along `dim`); all of them broadcast with `x`. A mask leaves entries out: the point
+that is projected has the others, y is zero where the mask is false, and so is the gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
-from implicit_layers.errors import ArgumentError, ArgumentTypeError, ImplicitLayersError, NonFiniteError, ShapeError
+from implicit_layers.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DeviceError,
+    DtypeError,
+    ImplicitLayersError,
+    NonFiniteError,
+    ShapeError,
+)
 
 
 class Rows(NamedTuple):
@@ -57,6 +66,32 @@ class Rows(NamedTuple):
             ) from None
         return value
 
+    def masked(self, mask: Tensor | None) -> tuple[Rows, Tensor | None]:
+        """The points with zeros where the mask is false, and the mask of their shape, (*B, n).
+
+        Raises:
+            DtypeError, DeviceError, ShapeError: no boolean tensor, on another device, or it does not fit.
+        """
+        if mask is None:
+            return self, None
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+            raise DtypeError(f"mask must be a boolean tensor, True for the entries that count, got {got}")
+        if mask.device != self.x.device:
+            raise DeviceError(f"mask is on {mask.device} but x is on {self.x.device}; move it: mask.to(x.device)")
+        given = tuple(mask.shape)
+        mask = mask.reshape((1,) * (-self.axis - mask.ndim) + given).movedim(self.axis, -1)
+        n = self.x.shape[-1]
+        try:
+            shape = torch.broadcast_shapes(self.x.shape, mask.shape)
+        except RuntimeError:
+            shape = torch.Size()
+        if not shape or shape[-1] != n:
+            whole = tuple(self.x.movedim(-1, self.axis).shape) if self.ndim else ()
+            raise ShapeError(f"mask of shape {given} does not broadcast with x of shape {whole}")
+        mask = mask.expand(shape)
+        return self._replace(x=torch.where(mask, self.x, 0.0)), mask
+
     def back(self, y: Tensor) -> Tensor:
         """The answer in the caller's layout and dtype."""
         y = y if self.axis == -1 else y.movedim(-1, self.axis)
@@ -93,6 +128,14 @@ def finite(name: str, values: Tensor) -> Rule:
 def positive(name: str, values: Tensor) -> Rule:
     """Positive and finite."""
     return Rule(name, values, lambda v: (v > 0) & v.isfinite(), "must be positive and finite")
+
+
+def some_entries(mask: Tensor | None) -> tuple[Rule, ...]:
+    """A mask leaves at least one entry of every point."""
+    if mask is None:
+        return ()
+    left = mask.sum(-1, keepdim=True)
+    return (Rule("mask", left, lambda v: v > 0, "must leave at least one entry of each point"),)
 
 
 def poisoned(x: Tensor, *rules: Rule) -> Tensor:  # (*B, n) -> (*B, n)

@@ -17,11 +17,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicit_layers.projections.door import enforce, finite, kept_within, positive, rows
+from implicit_layers.projections.door import enforce, finite, kept_within, poisoned, positive, rows, some_entries
 
 
 def isotonic(
-    x: Tensor, dim: int = -1, *, weight: Tensor | float = 1.0, decreasing: bool = False
+    x: Tensor,
+    dim: int = -1,
+    *,
+    weight: Tensor | float = 1.0,
+    decreasing: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:  # (*, n, *) -> (*, n, *)
     r"""Project onto the ordered vectors: isotonic regression.
 
@@ -33,12 +38,15 @@ def isotonic(
         dim: the axis of the entries.
         weight: w > 0: a number, or a tensor that broadcasts with `x`, of size n or 1 along `dim`.
         decreasing: order from large to small.
+        mask: boolean, broadcasts with `x`; entries where it is false count as absent: y = 0 there, with zero gradient,
+            and those before and after them are neighbours.
 
     Returns:  y*, with the dtype and device of `x`, the shapes broadcast.
     Gradient: on a block B with mean m, ∂yᵢ/∂xⱼ = wⱼ/Σ_B w and ∂yᵢ/∂wⱼ = (xⱼ − m)/Σ_B w for i, j in B; zero across
               blocks. Neighbouring blocks of one value count as one block: where they only just touch, this is one
               generalised Jacobian. Any order.
-    Raises:   ArgumentError: a weight is not positive and finite.  NonFiniteError: x is not finite.
+    Raises:   ArgumentError: a weight is not positive and finite, or `mask` leaves no entry.
+              NonFiniteError: x is not finite.
               DtypeError, DeviceError, ShapeError: arguments that do not fit each other, or an empty axis.
     Cost:     O(n log² n) time, O(n) memory, in log₂ n steps for the whole batch; the blocks are found in float64.
     Source:   Best & Chakravarti (1990), Active set algorithms for isotonic regression, doi:10.1007/BF01580873.
@@ -46,15 +54,35 @@ def isotonic(
     >>> isotonic(torch.tensor([1.0, 3.0, 2.0, 4.0]))
     tensor([1.0000, 2.5000, 2.5000, 4.0000])
     """
-    points = rows(x, dim)
+    points, kept = rows(x, dim).masked(mask)
     w = points.parameter("weight", weight, entries=True)
-    enforce(finite("x", points.x), positive("weight", w))
-    z = -points.x if decreasing else points.x
-    z, w = torch.broadcast_tensors(z, w)
-    block = blocks(z.detach(), w.detach())
-    y = block_sums(w * z, block) / block_sums(w, block)
-    y = kept_within(y, y.detach().cummax(-1).values)  # equal means may differ by rounding
+    if kept is not None:
+        w = torch.where(kept, w, 1.0)
+    enforce(finite("x", points.x), positive("weight", w), *some_entries(kept))
+    z = poisoned(points.x, *some_entries(kept))
+    z = -z if decreasing else z
+    if kept is None:
+        z, w = torch.broadcast_tensors(z, w)
+        y = _means(z, w, None)
+    else:
+        z, w, kept = torch.broadcast_tensors(z, w, kept)
+        order, back = front(kept)
+        y = _means(z.gather(-1, order), w.gather(-1, order), kept.gather(-1, order)).gather(-1, back)
+        y = torch.where(kept, y, 0 * z.detach())  # zero, or NaN where all of a point is
     return points.back(-y if decreasing else y)
+
+
+def _means(z: Tensor, w: Tensor, real: Tensor | None) -> Tensor:  # (*B, n) each -> (*B, n)
+    """The nondecreasing regression, with its derivative."""
+    block = blocks(z.detach(), w.detach(), real)
+    y = block_sums(w * z, block) / block_sums(w, block)
+    return kept_within(y, y.detach().cummax(-1).values)  # equal means may differ by rounding
+
+
+def front(kept: Tensor) -> tuple[Tensor, Tensor]:  # (*B, n) -> (*B, n), (*B, n)
+    """The order in which the entries that count come first, each kind in its own order; and the way back."""
+    order = kept.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices
+    return order, order.argsort(-1)
 
 
 def block_sums(x: Tensor, block: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, n)
@@ -62,10 +90,15 @@ def block_sums(x: Tensor, block: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, 
     return torch.zeros_like(x).scatter_add(-1, block, x).gather(-1, block)
 
 
-def blocks(x: Tensor, w: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, n) int64
-    """The number of the block of each entry of the nondecreasing regression of x."""
-    y = _regression(x.to(torch.float64), w.to(torch.float64))
-    return torch.nn.functional.pad((y.diff(dim=-1) != 0).cumsum(-1), (1, 0))
+def blocks(x: Tensor, w: Tensor, real: Tensor | None = None) -> Tensor:  # (*B, n) each -> (*B, n) int64
+    """The number of the block of each entry of the nondecreasing regression of x; where not `real`, one at the end."""
+    x, w = x.to(torch.float64), w.to(torch.float64)
+    if real is not None:  # entries that no other one is larger than change nothing
+        x = torch.where(real, x, torch.where(real, x, -torch.inf).amax(-1, keepdim=True))
+    apart = _regression(x, w).diff(dim=-1) != 0
+    if real is not None:
+        apart = apart | (real.narrow(-1, 0, real.shape[-1] - 1) & ~real.narrow(-1, 1, real.shape[-1] - 1))
+    return torch.nn.functional.pad(apart.cumsum(-1), (1, 0))
 
 
 def _regression(x: Tensor, w: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, n)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, ShapeError
-from implicit_layers.projections.door import Rows, Rule, enforce, finite, positive, rows
+from implicit_layers.projections.door import Rows, Rule, enforce, finite, poisoned, positive, rows, some_entries
 
 
 def box(x: Tensor, *, lb: Tensor | float | None = None, ub: Tensor | float | None = None) -> Tensor:  # (*) -> (*)
     r"""Project onto a box.
 
     Problem:  y* = argmin_y ½‖y − x‖²  subject to  lb ≤ y ≤ ub.
-    Solution: y* = min(max(x, lb), ub), entry by entry.
+    Solution: y* = min(max(x, lb), ub), entry by entry. So there is no mask: no entry feels another one.
 
     Args:
         x: points of any shape.
@@ -63,7 +63,9 @@ def _bound(name: str, value: Tensor | float | None, x: Tensor, work: Tensor, abs
     return torch.full((), absent if value is None else value, dtype=work.dtype, device=work.device)
 
 
-def l2_ball(x: Tensor, dim: int = -1, *, radius: Tensor | float = 1.0) -> Tensor:  # (*, n, *) -> (*, n, *)
+def l2_ball(
+    x: Tensor, dim: int = -1, *, radius: Tensor | float = 1.0, mask: Tensor | None = None
+) -> Tensor:  # (*, n, *) -> (*, n, *)
     r"""Project onto the Euclidean ball around zero.
 
     Problem:  y* = argmin_y ½‖y − x‖²  subject to  ‖y‖₂ ≤ r.
@@ -73,21 +75,22 @@ def l2_ball(x: Tensor, dim: int = -1, *, radius: Tensor | float = 1.0) -> Tensor
         x: points, n entries along `dim`.
         dim: the axis of the entries.
         radius: r > 0: a number, or a tensor that broadcasts with `x` and has size 1 along `dim`.
+        mask: boolean, broadcasts with `x`; entries where it is false count as absent: y = 0, with zero gradient.
 
     Returns:  y*, with the dtype and device of `x`, its shape broadcast with the one of `radius`.
     Gradient: inside and on the sphere ∂y/∂x = I, ∂y/∂r = 0; outside, with u = x/‖x‖, ∂y/∂x = (r/‖x‖)(I − uuᵀ),
               ∂y/∂r = u. Any order.
-    Raises:   ArgumentError: r is not positive and finite.  NonFiniteError: x is not finite.
+    Raises:   ArgumentError: r is not positive and finite, or `mask` leaves no entry.  NonFiniteError: x is not finite.
               DtypeError, DeviceError, ShapeError: arguments that do not fit each other.
     Cost:     O(n) time and memory; x is scaled first, so the norm does not overflow.
 
     >>> l2_ball(torch.tensor([3.0, 4.0]), radius=2.0)
     tensor([1.2000, 1.6000])
     """
-    points = rows(x, dim)
+    points, kept = rows(x, dim).masked(mask)
     r = points.parameter("radius", radius)
-    enforce(finite("x", points.x), positive("radius", r))
-    return points.back(_onto_ball(points.x, r))
+    enforce(finite("x", points.x), positive("radius", r), *some_entries(kept))
+    return points.back(_onto_ball(poisoned(points.x, *some_entries(kept)), r))
 
 
 def _onto_ball(x: Tensor, r: Tensor) -> Tensor:  # (*B, n), (*B, 1) -> (*B, n)
@@ -101,7 +104,9 @@ def _onto_ball(x: Tensor, r: Tensor) -> Tensor:  # (*B, n), (*B, 1) -> (*B, n)
     return torch.where(outside, on_sphere, x)
 
 
-def half_space(x: Tensor, dim: int = -1, *, normal: Tensor, offset: Tensor | float) -> Tensor:  # (*, n, *) -> (*, n, *)
+def half_space(
+    x: Tensor, dim: int = -1, *, normal: Tensor, offset: Tensor | float, mask: Tensor | None = None
+) -> Tensor:  # (*, n, *) -> (*, n, *)
     r"""Project onto a half-space.
 
     Problem:  y* = argmin_y ½‖y − x‖²  subject to  aᵀy ≤ b.
@@ -112,29 +117,32 @@ def half_space(x: Tensor, dim: int = -1, *, normal: Tensor, offset: Tensor | flo
         dim: the axis of the entries.
         normal: a ≠ 0: a tensor that broadcasts with `x`, of size n along `dim` (or 1: the same number n times).
         offset: b: a number, or a tensor that broadcasts with `x` and has size 1 along `dim`.
+        mask: boolean, broadcasts with `x`; entries where it is false count as absent: y = 0, with zero gradient.
 
     Returns:  y*, with the dtype and device of `x`, the shapes broadcast.
     Gradient: to x, a and b, of the identity inside and on the boundary, of the projection onto the hyperplane outside.
               Any order.
-    Raises:   ArgumentError: a normal is zero.  NonFiniteError: an argument is not finite.
+    Raises:   ArgumentError: a normal is zero on the entries that count.  NonFiniteError: an argument is not finite.
               DtypeError, DeviceError, ShapeError: arguments that do not fit each other.
     Cost:     O(n) time and memory.
 
     >>> half_space(torch.tensor([2.0, 1.0]), normal=torch.tensor([1.0, 1.0]), offset=1.0)
     tensor([1., 0.])
     """
-    points, a, b = _plane(x, dim, normal, offset)
+    points, a, b = _plane(x, dim, normal, offset, mask)
     gap = (a * points.x).sum(-1, keepdim=True) - b
     return points.back(points.x - gap.relu() / a.square().sum(-1, keepdim=True) * a)
 
 
-def hyperplane(x: Tensor, dim: int = -1, *, normal: Tensor, offset: Tensor | float) -> Tensor:  # (*, n, *) -> (*, n, *)
+def hyperplane(
+    x: Tensor, dim: int = -1, *, normal: Tensor, offset: Tensor | float, mask: Tensor | None = None
+) -> Tensor:  # (*, n, *) -> (*, n, *)
     r"""Project onto a hyperplane.
 
     Problem:  y* = argmin_y ½‖y − x‖²  subject to  aᵀy = b.
     Solution: y* = x − (aᵀx − b) a/‖a‖².
 
-    Args:     x, dim, normal, offset: as for `half_space`.
+    Args:     x, dim, normal, offset, mask: as for `half_space`.
     Returns:  y*, with the dtype and device of `x`, the shapes broadcast.
     Gradient: to x, a and b, everywhere smooth: ∂y/∂x = I − aaᵀ/‖a‖². Any order.
     Raises:   as `half_space`.
@@ -143,23 +151,28 @@ def hyperplane(x: Tensor, dim: int = -1, *, normal: Tensor, offset: Tensor | flo
     >>> hyperplane(torch.tensor([0.0, 1.0]), normal=torch.tensor([1.0, 1.0]), offset=3.0)
     tensor([1., 2.])
     """
-    points, a, b = _plane(x, dim, normal, offset)
+    points, a, b = _plane(x, dim, normal, offset, mask)
     gap = (a * points.x).sum(-1, keepdim=True) - b
     return points.back(points.x - gap / a.square().sum(-1, keepdim=True) * a)
 
 
-def _plane(x: Tensor, dim: int, normal: Tensor, offset: Tensor | float) -> tuple[Rows, Tensor, Tensor]:
+def _plane(
+    x: Tensor, dim: int, normal: Tensor, offset: Tensor | float, mask: Tensor | None
+) -> tuple[Rows, Tensor, Tensor]:
     """Points, normal and offset, the last two scaled to max |a| = 1, which leaves the plane where it is."""
-    points = rows(x, dim)
+    points, kept = rows(x, dim).masked(mask)
     if not isinstance(normal, Tensor):
         raise ArgumentTypeError(f"normal must be a tensor, got {type(normal).__name__}")
     a = points.parameter("normal", normal, entries=True)
     b = points.parameter("offset", offset)
+    if kept is not None:
+        a = torch.where(kept, a, 0.0)
     top = a.detach().abs().amax(-1, keepdim=True)
     enforce(
         finite("x", points.x),
         finite("normal", a),
         finite("offset", b),
+        *some_entries(kept),
         Rule("max|normal|", top, lambda v: v > 0, "must be positive: a normal of zeros has no plane"),
     )
     a = a.expand(*a.shape[:-1], points.x.shape[-1])

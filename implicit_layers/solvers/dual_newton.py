@@ -8,6 +8,8 @@ has x = ψ(t) entry by entry with t = θ − Eᵀη, and the dual objective D(η
     hard slack       ψ(t) = min(exp(t − 1), u);   rows of E x ≤ f have η ≥ 0, and η = 0 where there is slack
     entropic slack   ψ(t) = u σ(t) for finite u;  a row's slack is s = exp(−η − 1) and is added to E x
 
+Any other separable strictly concave term in place of H gives another ψ (`Maps`), and the same iterations.
+
 With θ far apart (small temperatures) Newton from a cold start crawls, so the scores move to θ from flat ones, γ from
 0 to 1: every iteration is one factorisation, one Newton step back to the path, and one step along its tangent, as long
 as the constraints are still met to within a factor. Where D has no minimum, the iterates run off along a direction
@@ -17,7 +19,7 @@ that proves that no point is feasible (`Programs.contradicted`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +44,22 @@ _SAME_ROWS = 1e-13  # eigenvalue of unit rows' inner products from which on the 
 _WEAK = 1e-9  # relative size below which a dual and a slack are both zero
 
 
+class Maps(Protocol):
+    """A regulariser Σ φ(xᵢ), to be subtracted, in place of −H."""
+
+    def primal(self, t: Tensor, /) -> Tensor:
+        """The inverse of φ'."""
+
+    def value(self, x: Tensor, /) -> Tensor:
+        """φ."""
+
+    def slope(self, x: Tensor, /) -> Tensor:
+        """φ', inside the bounds of x."""
+
+    def weights(self, x: Tensor, /) -> Tensor:
+        """1/φ'', zero where x is at a bound."""
+
+
 class Point(NamedTuple):
     """The primal at some duals, and what Newton needs of it."""
 
@@ -51,6 +69,7 @@ class Point(NamedTuple):
     excess: Tensor  # (N, m): E x + slack − f = −∇D
     size: Tensor  # (N, m): |E| x + slack + |f|, what the excess is measured against
     value: Tensor  # (N,): D
+    lent: Tensor  # (N, n): a weight in reserve, for where too few entries have one
 
 
 class Programs(NamedTuple):
@@ -63,6 +82,8 @@ class Programs(NamedTuple):
     scale: Tensor  # (N or 1, m): what the rows were divided by
     n_eq: int
     entropic: bool
+    maps: Maps | None = None  # None: entropy
+    usual: Tensor | None = None  # (N, n): the weights at the start
 
     def inequality(self) -> Tensor:  # (m,)
         """Which rows are inequalities."""
@@ -70,6 +91,8 @@ class Programs(NamedTuple):
 
     def at(self, t: Tensor, eta: Tensor) -> Point:  # (N, n), (N, m)
         """Evaluate at t = θ − Eᵀη for the θ of the path."""
+        if self.maps is not None:
+            return self._at(self.maps, t, eta)
         bounded = torch.isfinite(self.ub)
         u = torch.where(bounded, self.ub, 0.0)
         free = (t - 1).exp()
@@ -92,7 +115,21 @@ class Programs(NamedTuple):
             value = value + exponential.sum(-1)
         excess = matvec(self.E, x) + slack - self.f
         size = matvec(self.E.abs(), x) + slack + self.f.abs()
-        return Point(x, weight, slack, excess, size, value)
+        return Point(x, weight, slack, excess, size, value, x)
+
+    def _at(self, maps: Maps, t: Tensor, eta: Tensor) -> Point:  # (N, n), (N, m)
+        """The same for another regulariser than entropy: Ψ(t) = t x − φ(x)."""
+        free = maps.primal(t)
+        capped = free >= self.ub
+        x = torch.where(capped, self.ub, free)
+        weight = torch.where(capped, 0.0, maps.weights(x))
+        possible = self.ub > 0
+        inside = torch.where(possible, x, 1.0)
+        potential = torch.where(possible, t * inside - maps.value(inside), 0.0)
+        excess = matvec(self.E, x) - self.f
+        size = matvec(self.E.abs(), x) + self.f.abs()
+        lent = weight if self.usual is None else torch.where(possible, torch.maximum(weight, self.usual), 0.0)
+        return Point(x, weight, torch.zeros_like(eta), excess, size, (self.f * eta).sum(-1) + potential.sum(-1), lent)
 
     def residual(self, point: Point, eta: Tensor) -> Tensor:  # (N,)
         """Measure the largest violation, row by row relative to the terms of the row."""
@@ -162,7 +199,7 @@ class DualNewton:
         impossible: Tensor,  # (N,) bool
     ) -> Dual:
         """Solve all programs but the impossible; `start` is t at the centre, `null` projects on what no x feels."""
-        theta, E, f, ub, scale, _, entropic = programs
+        theta, E, f, ub, scale, _, entropic, _, _ = programs
         batch = f.shape[0]
         inequality = programs.inequality()
         away = theta - start
@@ -187,7 +224,7 @@ class DualNewton:
             kept = torch.where(bound, 0.0, 1.0)
             good = (gamma[:, 0] >= 1) & (rho <= self.tol)
             share = torch.maximum(damping, _DAMPING * rho.clamp(max=1.0).unsqueeze(-1))
-            weight = torch.maximum(point.weight, torch.where(good.unsqueeze(-1), 0.0, share) * point.x)
+            weight = torch.maximum(point.weight, torch.where(good.unsqueeze(-1), 0.0, share) * point.lent)
             system = gram(E, weight, point.slack / scale)
             factor = factorise(system, kept, null)
             newton = torch.where(bound, excess / _positive(system.diagonal(dim1=-2, dim2=-1)), factor.solve(excess))

@@ -9,7 +9,7 @@ from implicit_layers import checks
 from implicit_layers.kkt.quadratic import matvec
 from implicit_layers.kkt.schur import dependent
 from implicit_layers.solution import Status
-from implicit_layers.solvers.dual_newton import Dual, DualNewton, Programs
+from implicit_layers.solvers.dual_newton import Dual, DualNewton, Maps, Programs
 
 _SURE = 1e-12  # relative size of what rounding may hide in one row
 
@@ -23,10 +23,11 @@ def solve(
     *,
     entropic: bool,
     solver: DualNewton,
+    maps: Maps | None = None,
 ) -> tuple[Dual, Tensor]:
     """Solve the programs as they come; also the projection on dependent equality rows, (N or 1, m, m)."""
     if f.shape[-1] == 0:
-        return _unconstrained(theta, E, f, ub, entropic)
+        return _unconstrained(theta, E, f, ub, entropic, maps)
     inequality = torch.arange(f.shape[-1], device=f.device) >= n_eq
     largest = E.abs().amax(-1)
     scale = torch.where((largest > 0) & ~(inequality & entropic), largest, 1.0)
@@ -36,8 +37,12 @@ def solve(
         null[:, :n_eq, :n_eq] = dependent(rows[:, :n_eq])
     ub, impossible = _forced(rows, right, ub, inequality)
     theta, lifted = _lowered(theta, rows, ub, inequality)
-    programs = Programs(theta, rows, right, ub, scale, n_eq, entropic)
-    dual = solver.solve(programs, _centre(rows, right, ub, entropic), null, impossible)
+    start, usual = _centre(rows, right, ub, entropic), None
+    if maps is not None:
+        level = torch.where(ub > 0, torch.minimum((start - 1).exp(), 0.5 * ub), 0.5)
+        start, usual = maps.slope(level), maps.weights(level)
+    programs = Programs(theta, rows, right, ub, scale, n_eq, entropic, maps, usual)
+    dual = solver.solve(programs, start, null, impossible)
     dual = dual._replace(eta=dual.eta + lifted / scale)
     back = null
     if n_eq:  # the duals of the caller's own rows
@@ -59,9 +64,11 @@ def _lowered(theta: Tensor, E: Tensor, ub: Tensor, inequality: Tensor) -> tuple[
     return theta - top, first * E[..., 0] * top  # the entries are ±1
 
 
-def _unconstrained(theta: Tensor, E: Tensor, f: Tensor, ub: Tensor, entropic: bool) -> tuple[Dual, Tensor]:
+def _unconstrained(
+    theta: Tensor, E: Tensor, f: Tensor, ub: Tensor, entropic: bool, maps: Maps | None
+) -> tuple[Dual, Tensor]:
     """Without rows the scores are all there is."""
-    x = Programs(theta, E, f, ub.clamp(min=0.0), f[:1], 0, entropic).at(theta, f).x
+    x = Programs(theta, E, f, ub.clamp(min=0.0), f[:1], 0, entropic, maps).at(theta, f).x
     impossible = (ub < 0).any(-1)
     status = torch.where(impossible, int(Status.INFEASIBLE), int(Status.CONVERGED)).to(torch.int8)
     zero = torch.zeros_like(theta[:, 0])

@@ -205,8 +205,8 @@ class Scaling:
         if forbidden:
             none = (
                 none
-                | _contradicted(open_, a, b, torch.zeros_like(b))
-                | _contradicted(open_.mT, b, a, torch.zeros_like(a))
+                | contradicted(open_, a, b, torch.zeros_like(b))
+                | contradicted(open_.mT, b, a, torch.zeros_like(a))
             )
         done = none | (budget <= 0)
         steps, idle = torch.zeros_like(iterations), torch.zeros_like(iterations)
@@ -253,7 +253,7 @@ class Scaling:
                 length, ahead = shortened(length, ahead, gamma, trial)
                 reach = torch.where(waiting.unsqueeze(-1) & shrinking, ahead.clamp(min=1e-6), reach)
             if forbidden:
-                none = none | (~done & (_contradicted(open_, a, b, newton) | _contradicted(open_, a, b, psi)))
+                none = none | (~done & (contradicted(open_, a, b, newton) | contradicted(open_, a, b, psi)))
             gained = (error < best) | (gamma[:, 0] > farthest)
             idle = torch.where(gained, 0, idle + 1)
             best, farthest = torch.minimum(best, error), gamma[:, 0]
@@ -261,7 +261,7 @@ class Scaling:
         return psi, iterations + steps, none
 
 
-def _contradicted(open_: Tensor, a: Tensor, b: Tensor, direction: Tensor) -> Tensor:  # (N,) bool
+def contradicted(open_: Tensor, a: Tensor, b: Tensor, direction: Tensor) -> Tensor:  # (N,) bool
     """Whether some columns ask for more than the rows that may serve them have (Hall's condition fails).
 
     A set of columns can get no more than the rows hold that may serve any of them. The sets that are asked are those of

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--batch", type=int, default=128)
     arguments.add_argument("--rate", type=float, default=5e-3, help="of Adam")
     arguments.add_argument("--rho", type=float, default=1.0, help="weight of the anchor")
+    arguments.add_argument("--precision", choices=("float32", "float64"), default="float64", help="while training")
     arguments.add_argument("--latent", type=int, default=4)
     arguments.add_argument("--hidden", type=int, default=32)
     arguments.add_argument("--fixed", action="store_true", help="sequences: keep the true generator")
@@ -60,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows))
     if options.result is not None:
         settings = {
-            k: getattr(options, k) for k in ("epochs", "batch", "rate", "rho", "latent", "hidden", "seeds", "fixed")
+            k: getattr(options, k)
+            for k in ("epochs", "batch", "rate", "rho", "latent", "hidden", "seeds", "fixed", "precision")
         }
         result = {
             "suite": "vae",
@@ -79,7 +81,9 @@ def run(method: str, seed: int, data: Data, options: argparse.Namespace) -> dict
     """Train one method on one seed, or go on with it, and test it."""
     name = f"{Path(options.data).stem}{'-fixed' if options.fixed else ''}-{method}-{seed}"
     checkpoint, log_file = options.out / f"{name}.pt", options.out / f"{name}.json"
-    vae = build(method, data, options.latent, options.hidden, options.rho, seed, options.fixed)
+    dtype = getattr(torch, options.precision)
+    train = data.train.to(dtype)
+    vae = build(method, data, options.latent, options.hidden, options.rho, seed, options.fixed).to(dtype)
     optimiser = torch.optim.Adam(vae.parameters(), options.rate)
     draw = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
@@ -91,7 +95,7 @@ def run(method: str, seed: int, data: Data, options: argparse.Namespace) -> dict
         history = state["history"]
     with tqdm(total=options.epochs, initial=len(history), desc=name, unit="epoch", disable=options.quiet) as bar:
         while len(history) < options.epochs:
-            history.append(epoch(vae, optimiser, data.train, options.batch, draw))
+            history.append(epoch(vae, optimiser, train, options.batch, draw))
             torch.save(
                 {
                     "vae": vae.state_dict(),
@@ -105,8 +109,8 @@ def run(method: str, seed: int, data: Data, options: argparse.Namespace) -> dict
             bar.set_postfix(loss=f"{history[-1]['loss']:.2f}", failed=int(history[-1]["failed"]))
     row = {"method": method, "seed": seed, "train_seconds": round(sum(h["seconds"] for h in history), 2)}
     row["failed_share"] = round(sum(h["failed"] for h in history) / (len(history) * len(data.train)), 6)
-    row["graph_kib"] = round(one_graph(vae, data.train[: options.batch]) / 1024, 1)
-    row |= {k: round(v, 5) for k, v in evaluate(vae, data, seed).items()}
+    row["graph_kib"] = round(one_graph(vae, train[: options.batch]) / 1024, 1)
+    row |= {k: round(v, 5) for k, v in evaluate(vae.double(), data, seed).items()}
     log_file.write_text(json.dumps({"row": row, "history": history}, indent=1) + "\n")
     if data.side is not None:
         picture(vae, data, options.out / f"{name}.png")
@@ -152,15 +156,16 @@ def evaluate(vae: SemiAmortizedVAE, data: Data, seed: int) -> dict[str, float]:
         found[f"nll_{name}"] = float(metrics.iwae_nll(model, lam, x, 100, draw).mean())
         found[f"neg_elbo_{name}"] = -float(metrics.elbo(model, lam, x, 100, draw).mean())
     found["kl"] = float(model.family.kl_prior(lams["trained"]).mean())
+    found["information"] = float(metrics.mutual_information(model, lams["trained"], 10, draw))
     found["active"] = metrics.active_units(model, lams["trained"])
     if model.latent_dim <= 2:
-        exact = metrics.evidence(model, x, nodes=65, width=6.5)
+        exact = metrics.evidence(model, x, nodes=129, width=6.5)
         found["exact_nll"] = -float(exact.value.mean())
         found["exact_nll_error"] = float(exact.error.max())
         for name, lam in lams.items():
             found[f"gap_{name}"] = float((exact.value - metrics.quadrature_elbo(model, lam, x, 12)).mean().detach())
         if data.truth is not None:
-            found["true_nll"] = -float(metrics.evidence(data.truth, x, nodes=65, width=6.5).value.mean())
+            found["true_nll"] = -float(metrics.evidence(data.truth, x, nodes=129, width=6.5).value.mean())
     return found
 
 
@@ -170,7 +175,11 @@ def paired(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {}
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "vae"):
         mine = [row for row in rows if row["method"] == method and row["seed"] in base]
-        keys = [k for k in (mine[0] if mine else {}) if k.startswith(("nll", "neg_elbo", "gap", "exact_nll", "kl"))]
+        keys = [
+            k
+            for k in (mine[0] if mine else {})
+            if k.startswith(("nll", "neg_elbo", "gap", "exact_nll", "kl", "information"))
+        ]
         for key in keys:
             differences = [row[key] - base[row["seed"]][key] for row in mine]
             mean, n = statistics.fmean(differences), len(differences)
@@ -181,8 +190,8 @@ def paired(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over the seeds, a line a method."""
-    keys = ["nll_plain", "nll_trained", "nll_refined", "neg_elbo_plain", "neg_elbo_refined", "kl", "active"]
-    keys += [k for k in ("exact_nll", "gap_plain", "gap_trained", "gap_refined") if k in rows[0]]
+    keys = ["nll_plain", "nll_trained", "nll_refined", "neg_elbo_plain", "neg_elbo_refined", "kl", "information"]
+    keys += ["active"] + [k for k in ("exact_nll", "gap_plain", "gap_trained", "gap_refined") if k in rows[0]]
     keys += ["train_seconds", "graph_kib", "failed_share"]
     lines = ["  ".join([f"{'method':14}", *(f"{k:>16}" for k in keys)])]
     for method in dict.fromkeys(row["method"] for row in rows):

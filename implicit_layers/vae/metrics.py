@@ -149,6 +149,32 @@ def kl_per_unit(model: LatentModel, lam: Tensor) -> Tensor:  # (N, 2D) -> (D,)
     return model.family.kl_units(lam.detach()).mean(0)
 
 
+@torch.no_grad()
+def mutual_information(
+    model: LatentModel, lam: Tensor, samples: int = 10, generator: torch.Generator | None = None
+) -> Tensor:  # (N, size) -> ()
+    """How much z says of which datum it came from: the mean of log q(z | x) − log q(z), q(z) the mean over the data.
+
+    It is between 0, a collapsed posterior, and log N; KL(q(z | x) ‖ p) is on average this plus KL(q(z) ‖ p).
+
+    Source:  Hoffman & Johnson (2016), "ELBO surgery".
+
+    >>> model = LatentModel(torch.nn.Linear(1, 2), 1)
+    >>> mutual_information(model, torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
+    tensor(0.)
+    """
+    checks.whole("samples", samples, least=1)
+    model.family.check("lam", lam)
+    lam = lam.reshape(-1, model.family.size)
+    z = model.family.sample(lam, _fresh(model, lam, samples, generator))  # (S, N, D)
+    own = model.family.log_prob(lam, z)
+    parts = z.reshape(-1, 1, model.latent_dim).split(max(1, _CHUNK // max(1, len(lam))))
+    together = torch.cat([model.family.log_prob(lam, part).logsumexp(-1) for part in parts]) - math.log(
+        max(1, len(lam))
+    )
+    return (own.flatten() - together).mean()
+
+
 def _fresh(model: LatentModel, lam: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
     """Independent points."""
     noise = Noise("iid", samples)

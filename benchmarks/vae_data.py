@@ -32,7 +32,7 @@ def read(source: str, seed: int, limit: int | None) -> Data:
     Pictures are binarised at half of their range, so that log-likelihoods are those of a discrete variable.
     """
     if source == "sequences":
-        return sequences(seed, 1000 if limit is None else limit, 200)
+        return sequences(seed, 1000 if limit is None else limit, min(200, limit or 200))
     if source == "digits":
         digits = load(seed, torch.float64, torch.device("cpu"))
         train, test = digits.train_images, digits.test_images

@@ -201,3 +201,29 @@ def test_mutual_information_is_log_n_for_distinct_and_zero_for_equal_codes():
     full = LatentModel(torch.nn.Linear(2, 2).double(), 2, family=FullGaussian(2))
     same = torch.tensor([0.3, -0.2, 0.1, 0.4, 0.7], dtype=torch.float64).expand(4, 5)
     assert float(metrics.mutual_information(full, same).abs()) <= 1e-12
+
+
+def test_what_does_not_fit_is_refused():
+    case = curved_case()
+    for metric in (metrics.elbo, metrics.iwae_nll, metrics.quadrature_elbo):
+        with pytest.raises(il.ShapeError, match="DiagonalGaussian"):
+            metric(case.model, case.lam0[:, :3], case.x)
+        with pytest.raises(il.ShapeError, match="x must begin with"):
+            metric(case.model, case.lam0, case.x[:2])
+    for metric in (metrics.active_units, metrics.kl_per_unit, metrics.mutual_information):
+        with pytest.raises(il.ShapeError, match="DiagonalGaussian"):
+            metric(case.model, case.lam0[:, :3])
+    with pytest.raises(il.ShapeError, match=r"x must be \(B, \*E\)"):
+        metrics.evidence(case.model, case.x[0])
+    with pytest.raises(il.ShapeError, match="batch dimension"):
+        metrics.evidence(case.model, case.x[0, 0])
+
+
+def test_any_number_of_data():
+    case = curved_case(B=6)
+    lam = case.lam0.reshape(2, 3, 4)
+    assert torch.equal(metrics.kl_per_unit(case.model, lam), metrics.kl_per_unit(case.model, case.lam0))
+    assert metrics.active_units(case.model, lam) == metrics.active_units(case.model, case.lam0)
+    assert metrics.active_units(case.model, lam[:0]) == 0
+    assert metrics.evidence(case.model, case.x[:0]).value.shape == (0,)
+    assert metrics.elbo(case.model, lam, case.x.reshape(2, 3, 5)).shape == (2, 3)

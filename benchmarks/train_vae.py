@@ -81,6 +81,10 @@ def run(method: str, seed: int, data: Data, options: argparse.Namespace) -> dict
     """Train one method on one seed, or go on with it, and test it."""
     name = f"{Path(options.data).stem}{'-fixed' if options.fixed else ''}-{method}-{seed}"
     checkpoint, log_file = options.out / f"{name}.pt", options.out / f"{name}.json"
+    if options.resume and log_file.exists():
+        logged = json.loads(log_file.read_text())
+        if len(logged["history"]) == options.epochs:
+            return dict(logged["row"])
     dtype = getattr(torch, options.precision)
     train = data.train.to(dtype)
     vae = build(method, data, options.latent, options.hidden, options.rho, seed, options.fixed).to(dtype)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import vae_tables
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 OURS = "implicit_layers"
@@ -135,6 +137,23 @@ def denoising(result: Result) -> str:
     return f"{_markdown(lines, left=1)}\n\n{_provenance(result, 'benchmarks.denoising')}"
 
 
+def vae_comparison(result: Result) -> str:
+    """One line a way of training a VAE: the fairness table."""
+    return f"{_markdown(vae_tables.comparison(result), left=1)}\n\n{vae_tables.caption(result)}"
+
+
+def vae_grid(result: Result) -> str:
+    """One line a weight of the anchor."""
+    return f"{_markdown(vae_tables.grid(result), left=1)}\n\n{vae_tables.caption(result)}"
+
+
+def vae_gradients(result: Result) -> str:
+    """One line a number of inner steps, the orders of the gradients' errors, and the figure."""
+    picture = "![Gradient error, bytes and milliseconds of four ways](benchmarks/figures/vae-gradients.png)"
+    words = f"{vae_tables.crossover(result)} {_provenance(result, 'benchmarks.vae_gradients')}"
+    return f"{picture}\n\n{_markdown(vae_tables.costs(result), left=0)}\n\n{words}"
+
+
 # name of the table -> the suite that it shows, and how
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "qp": ("qp", qp),
@@ -146,6 +165,12 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "hard-qps": ("maros", hard_qps),
     "sudoku": ("sudoku", sudoku),
     "denoising": ("denoising", denoising),
+    "vae-gradients": ("vae-gradients", vae_gradients),
+    "vae-sequences-fixed": ("vae-sequences-fixed", vae_comparison),
+    "vae-rho": ("vae-rho", vae_grid),
+    "vae-sequences": ("vae-sequences", vae_comparison),
+    "vae-digits": ("vae-digits", vae_comparison),
+    "vae-fashion-mnist": ("vae-fashion-mnist", vae_comparison),
 }
 
 

@@ -8,6 +8,7 @@ seeds ends in one result file. The columns of the table are explained where they
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--epochs", type=int, default=25)
     arguments.add_argument("--batch", type=int, default=128)
     arguments.add_argument("--rate", type=float, default=5e-3, help="of Adam")
-    arguments.add_argument("--rho", type=float, default=1.0, help="weight of the anchor")
+    arguments.add_argument("--rho", type=float, nargs="+", default=[1.0], help="weight of the anchor; several: a grid")
     arguments.add_argument("--precision", choices=("float32", "float64"), default="float64", help="while training")
     arguments.add_argument("--latent", type=int, default=4)
     arguments.add_argument("--hidden", type=int, default=32)
@@ -56,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for seed in range(options.seeds):
         data = read(options.data, seed, options.limit)
-        for method in options.method:
-            rows.append(run(method, seed, data, options))
+        for rho, method in itertools.product(options.rho, options.method):
+            if method != "vae" or rho == options.rho[0]:  # the VAE has no anchor
+                rows.append(run(method, seed, data, options, rho) | {"rho": rho})
     print(table(rows))
     if options.result is not None:
         settings = {
@@ -77,9 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(method: str, seed: int, data: Data, options: argparse.Namespace) -> dict[str, Any]:
+def run(method: str, seed: int, data: Data, options: argparse.Namespace, rho: float) -> dict[str, Any]:
     """Train one method on one seed, or go on with it, and test it."""
-    name = f"{Path(options.data).stem}{'-fixed' if options.fixed else ''}-{method}-{seed}"
+    weight = f"-rho{rho:g}" if len(options.rho) > 1 and method != "vae" else ""
+    name = f"{Path(options.data).stem}{'-fixed' if options.fixed else ''}-{method}{weight}-{seed}"
     checkpoint, log_file = options.out / f"{name}.pt", options.out / f"{name}.json"
     if options.resume and log_file.exists():
         logged = json.loads(log_file.read_text())
@@ -87,7 +90,7 @@ def run(method: str, seed: int, data: Data, options: argparse.Namespace) -> dict
             return dict(logged["row"])
     dtype = getattr(torch, options.precision)
     train = data.train.to(dtype)
-    vae = build(method, data, options.latent, options.hidden, options.rho, seed, options.fixed).to(dtype)
+    vae = build(method, data, options.latent, options.hidden, rho, seed, options.fixed).to(dtype)
     optimiser = torch.optim.Adam(vae.parameters(), options.rate)
     draw = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
@@ -178,8 +181,8 @@ def paired(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """The mean difference from the VAE of the same seed, and its 95 % interval (Student), of every figure."""
     base = {row["seed"]: row for row in rows if row["method"] == "vae"}
     found: dict[str, dict[str, list[float]]] = {}
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "vae"):
-        mine = [row for row in rows if row["method"] == method and row["seed"] in base]
+    for method in dict.fromkeys(_label(row, rows) for row in rows if row["method"] != "vae"):
+        mine = [row for row in rows if _label(row, rows) == method and row["seed"] in base]
         keys = [
             k
             for k in (mine[0] if mine else {})
@@ -193,14 +196,20 @@ def paired(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     return found
 
 
+def _label(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The method, and ρ where there are several."""
+    several = row["method"] != "vae" and len({other.get("rho") for other in rows}) > 1
+    return f"{row['method']}, {row['rho']:g}" if several else str(row["method"])
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over the seeds, a line a method."""
     keys = ["nll_plain", "nll_trained", "nll_refined", "neg_elbo_plain", "neg_elbo_refined", "kl", "information"]
     keys += ["active"] + [k for k in ("exact_nll", "gap_plain", "gap_trained", "gap_refined") if k in rows[0]]
     keys += ["train_seconds", "graph_kib", "failed_share"]
     lines = ["  ".join([f"{'method':14}", *(f"{k:>16}" for k in keys)])]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
+    for method in dict.fromkeys(_label(row, rows) for row in rows):
+        mine = [row for row in rows if _label(row, rows) == method]
         lines.append("  ".join([f"{method:14}", *(f"{statistics.fmean(r[k] for r in mine):16.4g}" for k in keys)]))
     return "\n".join(lines)
 

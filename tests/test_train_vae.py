@@ -102,6 +102,18 @@ def test_a_method_with_nothing_to_learn_is_tested_all_the_same(tmp_path, capsys)
     assert svi["row"]["gap_refined"] < 0.5 * svi["row"]["gap_plain"] and svi["row"]["information"] > 0
 
 
+def test_a_grid_of_anchors(tmp_path, capsys):
+    settings = ["--limit", "30", "--hidden", "4", "--epochs", "1", "--quiet", "--result", str(tmp_path / "r.json")]
+    main([*settings, "--method", "vae", "savi_moreau", "--rho", "0.5", "2", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [(row["method"], row["rho"]) for row in result["rows"]] == [("vae", 0.5)] + [
+        ("savi_moreau", rho) for rho in (0.5, 2.0)
+    ]
+    assert (
+        set(result["paired"]) == {"savi_moreau, 0.5", "savi_moreau, 2"} and "savi_moreau, 2" in capsys.readouterr().out
+    )
+
+
 def test_paired_differences():
     rows = [{"method": m, "seed": s, "nll_plain": 10.0 + s - (m == "svi")} for s in range(3) for m in ("vae", "svi")]
     assert paired(rows) == {"svi": {"nll_plain": [-1.0, -1.0, -1.0]}}

@@ -235,14 +235,14 @@ def test_memory_does_not_grow_with_the_steps_of_the_solver():
     assert unrolled[40] - unrolled[20] == pytest.approx(2 * (unrolled[20] - unrolled[10]), rel=0.02)
 
 
-@pytest.mark.parametrize("active", [1, 2, 3])
+@pytest.mark.parametrize("active", [0, 1, 2, 3])
 def test_linear_training_reaches_the_closed_optimum(active):
     """The gap, the evidence and the number of active units, for γ between the eigenvalues of the data."""
     torch.manual_seed(0)
     x = torch.randn(60, 3, dtype=torch.float64) @ torch.diag(torch.tensor([2.0, 1.2, 0.8], dtype=torch.float64))
     x = x @ torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0][:3] + 0.1 * torch.randn(60, 6).double()
     values = torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).flip(0)
-    gamma = float(0.5 * (values[active - 1] + values[active]))
+    gamma = float(0.5 * (values[active - 1] + values[active]) if active else 1.5 * values[0])
     decoder, encoder = nn.Linear(3, 6).double(), nn.Linear(6, 6).double()
     model = LatentModel(decoder, 3, Gaussian(gamma).double())
     vae = SemiAmortizedVAE.savi_implicit(encoder, model, rho=1.0, noise=Noise("cubature"), outer_noise="inner")

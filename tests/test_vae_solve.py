@@ -63,7 +63,7 @@ def test_gradcheck_of_the_solution(name):
 
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["whole", "held out"])
-@pytest.mark.parametrize("anchor", ["l2", "kl"])
+@pytest.mark.parametrize("anchor", ["l2", "l2 fisher", "kl"])
 def test_gradcheck_of_the_outer_objectives(anchor, hidden):
     case = curved_case(n=3, B=2)
     settings = {"mask": OBSERVED} if hidden else {}

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--out", type=Path, default=Path("vae-runs"), help="folder of logs, checkpoints, pictures")
     arguments.add_argument("--result", type=Path, help="also write the comparison to this JSON file")
     arguments.add_argument("--resume", action="store_true", help="go on from the checkpoints in the folder")
+    arguments.add_argument("--collect", action="store_true", help="train nothing: the comparison of what is finished")
     arguments.add_argument("--quiet", action="store_true", help="no progress bars")
     return arguments
 
@@ -58,8 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in range(options.seeds):
         data = read(options.data, seed, options.limit)
         for rho, method in itertools.product(options.rho, options.method):
-            if method != "vae" or rho == options.rho[0]:  # the VAE has no anchor
-                rows.append(run(method, seed, data, options, rho) | {"rho": rho})
+            if method == "vae" and rho != options.rho[0]:  # the VAE has no anchor
+                continue
+            row = finished(method, seed, options, rho) if options.resume or options.collect else None
+            if row is None and not options.collect:
+                row = run(method, seed, data, options, rho)
+            if row is not None:
+                rows.append(row | {"rho": rho})
     print(table(rows))
     if options.result is not None:
         settings = {
@@ -79,15 +85,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _name(method: str, seed: int, options: argparse.Namespace, rho: float) -> str:
+    """Of the files of one run."""
+    weight = f"-rho{rho:g}" if len(options.rho) > 1 and method != "vae" else ""
+    return f"{Path(options.data).stem}{'-fixed' if options.fixed else ''}-{method}{weight}-{seed}"
+
+
+def finished(method: str, seed: int, options: argparse.Namespace, rho: float) -> dict[str, Any] | None:
+    """The row of a run that has ended; it is not tested again."""
+    log_file = options.out / f"{_name(method, seed, options, rho)}.json"
+    logged = json.loads(log_file.read_text()) if log_file.exists() else {"history": []}
+    return dict(logged["row"]) if len(logged["history"]) == options.epochs else None
+
+
 def run(method: str, seed: int, data: Data, options: argparse.Namespace, rho: float) -> dict[str, Any]:
     """Train one method on one seed, or go on with it, and test it."""
-    weight = f"-rho{rho:g}" if len(options.rho) > 1 and method != "vae" else ""
-    name = f"{Path(options.data).stem}{'-fixed' if options.fixed else ''}-{method}{weight}-{seed}"
+    name = _name(method, seed, options, rho)
     checkpoint, log_file = options.out / f"{name}.pt", options.out / f"{name}.json"
-    if options.resume and log_file.exists():
-        logged = json.loads(log_file.read_text())
-        if len(logged["history"]) == options.epochs:
-            return dict(logged["row"])
     dtype = getattr(torch, options.precision)
     train = data.train.to(dtype)
     vae = build(method, data, options.latent, options.hidden, rho, seed, options.fixed).to(dtype)

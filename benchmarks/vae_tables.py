@@ -34,7 +34,8 @@ def comparison(result: Result) -> list[list[str]]:
             line.append(_with_interval(result, method, mine, f"{score}_{tested}"))
         if exact and not fixed:
             line.append(_with_interval(result, method, mine, "exact_nll"))
-        line += [f"{_mean(mine, key):.2f}" for key in ("kl", "information", "active")]
+        known = [key for key in ("kl", "information", "active") if key in mine[0]]
+        line += [f"{_mean(mine, key):.2f}" if key in known else "–" for key in ("kl", "information", "active")]
         learned = any(row["train_seconds"] for row in mine)
         line += [f"{_mean(mine, 'train_seconds'):.0f}", f"{_mean(mine, 'graph_kib'):.0f}"] if learned else ["–", "–"]
         lines.append(line)

@@ -109,6 +109,9 @@ def test_a_grid_of_anchors(tmp_path, capsys):
     assert [(row["method"], row["rho"]) for row in result["rows"]] == [("vae", 0.5)] + [
         ("savi_moreau", rho) for rho in (0.5, 2.0)
     ]
+    (tmp_path / "digits-savi_moreau-rho2-0.json").unlink()
+    main([*settings, "--method", "vae", "savi_moreau", "--rho", "0.5", "2", "--out", str(tmp_path), "--collect"])
+    assert json.loads((tmp_path / "r.json").read_text())["rows"] == result["rows"][:2]
     assert (
         set(result["paired"]) == {"savi_moreau, 0.5", "savi_moreau, 2"} and "savi_moreau, 2" in capsys.readouterr().out
     )

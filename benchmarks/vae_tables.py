@@ -24,7 +24,7 @@ def comparison(result: Result) -> list[list[str]]:
     exact, fixed = "exact_nll" in rows[0], bool(result["settings"]["fixed"])
     score = "gap" if fixed else "nll"
     what = "exact gap" if fixed else "NLL"
-    head = ["trained as", f"{what}, tested without refinement", "with", "as trained"]
+    head = ["trained as", f"{what}, tested without refinement", "tested with", "as trained"]
     head += ["exact NLL"] if exact and not fixed else []
     lines = [[*head, "KL", "information", "active", "training, s", "graph, KiB"]]
     for method in [name for name in NAMES if any(row["method"] == name for row in rows)]:

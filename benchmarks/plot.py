@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import vae_tables
 from benchmarks.tables import OURS, README, RESULTS, Result, rewritten, times_longer
 
 FIGURES = Path(__file__).parent / "figures"
@@ -103,6 +104,7 @@ DRAWN: dict[str, tuple[int, tuple[float, float], Callable[[Result, Any], None]]]
     "memory": (3, (12.0, 3.8), memory),
     "qp": (2, (10.0, 3.8), qp),
     "scaling": (3, (12.0, 3.6), scaling),
+    "vae-gradients": (3, (12.0, 3.6), vae_tables.gradients),
 }
 
 

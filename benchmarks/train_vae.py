@@ -8,6 +8,7 @@ seeds ends in one result file. The columns of the table are explained where they
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -37,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--epochs", type=int, default=25)
     arguments.add_argument("--batch", type=int, default=128)
     arguments.add_argument("--rate", type=float, default=5e-3, help="of Adam")
-    arguments.add_argument("--rho", type=float, default=1.0, help="weight of the anchor")
+    arguments.add_argument("--rho", type=float, nargs="+", default=[1.0], help="weight of the anchor; several: a grid")
+    arguments.add_argument("--precision", choices=("float32", "float64"), default="float64", help="while training")
     arguments.add_argument("--latent", type=int, default=4)
     arguments.add_argument("--hidden", type=int, default=32)
     arguments.add_argument("--fixed", action="store_true", help="sequences: keep the true generator")
@@ -45,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--out", type=Path, default=Path("vae-runs"), help="folder of logs, checkpoints, pictures")
     arguments.add_argument("--result", type=Path, help="also write the comparison to this JSON file")
     arguments.add_argument("--resume", action="store_true", help="go on from the checkpoints in the folder")
+    arguments.add_argument("--collect", action="store_true", help="train nothing: the comparison of what is finished")
     arguments.add_argument("--quiet", action="store_true", help="no progress bars")
     return arguments
 
@@ -55,12 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for seed in range(options.seeds):
         data = read(options.data, seed, options.limit)
-        for method in options.method:
-            rows.append(run(method, seed, data, options))
+        for rho, method in itertools.product(options.rho, options.method):
+            if method == "vae" and rho != options.rho[0]:  # the VAE has no anchor
+                continue
+            row = finished(method, seed, options, rho) if options.resume or options.collect else None
+            if row is None and not options.collect:
+                row = run(method, seed, data, options, rho)
+            if row is not None:
+                rows.append(row | {"rho": rho})
     print(table(rows))
     if options.result is not None:
         settings = {
-            k: getattr(options, k) for k in ("epochs", "batch", "rate", "rho", "latent", "hidden", "seeds", "fixed")
+            k: getattr(options, k)
+            for k in ("epochs", "batch", "rate", "rho", "latent", "hidden", "seeds", "fixed", "precision")
         }
         result = {
             "suite": "vae",
@@ -75,11 +85,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(method: str, seed: int, data: Data, options: argparse.Namespace) -> dict[str, Any]:
+def _name(method: str, seed: int, options: argparse.Namespace, rho: float) -> str:
+    """Of the files of one run."""
+    weight = f"-rho{rho:g}" if len(options.rho) > 1 and method != "vae" else ""
+    return f"{Path(options.data).stem}{'-fixed' if options.fixed else ''}-{method}{weight}-{seed}"
+
+
+def finished(method: str, seed: int, options: argparse.Namespace, rho: float) -> dict[str, Any] | None:
+    """The row of a run that has ended; it is not tested again."""
+    log_file = options.out / f"{_name(method, seed, options, rho)}.json"
+    logged = json.loads(log_file.read_text()) if log_file.exists() else {"history": []}
+    return dict(logged["row"]) if len(logged["history"]) == options.epochs else None
+
+
+def run(method: str, seed: int, data: Data, options: argparse.Namespace, rho: float) -> dict[str, Any]:
     """Train one method on one seed, or go on with it, and test it."""
-    name = f"{Path(options.data).stem}{'-fixed' if options.fixed else ''}-{method}-{seed}"
+    name = _name(method, seed, options, rho)
     checkpoint, log_file = options.out / f"{name}.pt", options.out / f"{name}.json"
-    vae = build(method, data, options.latent, options.hidden, options.rho, seed, options.fixed)
+    dtype = getattr(torch, options.precision)
+    train = data.train.to(dtype)
+    vae = build(method, data, options.latent, options.hidden, rho, seed, options.fixed).to(dtype)
     optimiser = torch.optim.Adam(vae.parameters(), options.rate)
     draw = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
@@ -89,9 +114,10 @@ def run(method: str, seed: int, data: Data, options: argparse.Namespace) -> dict
         optimiser.load_state_dict(state["optimiser"])
         draw.set_state(state["draw"])
         history = state["history"]
-    with tqdm(total=options.epochs, initial=len(history), desc=name, unit="epoch", disable=options.quiet) as bar:
-        while len(history) < options.epochs:
-            history.append(epoch(vae, optimiser, data.train, options.batch, draw))
+    epochs = options.epochs if any(p.requires_grad for p in vae.parameters()) else 0  # SVI of a known generator: none
+    with tqdm(total=epochs, initial=len(history), desc=name, unit="epoch", disable=options.quiet) as bar:
+        while len(history) < epochs:
+            history.append(epoch(vae, optimiser, train, options.batch, draw))
             torch.save(
                 {
                     "vae": vae.state_dict(),
@@ -104,9 +130,9 @@ def run(method: str, seed: int, data: Data, options: argparse.Namespace) -> dict
             bar.update()
             bar.set_postfix(loss=f"{history[-1]['loss']:.2f}", failed=int(history[-1]["failed"]))
     row = {"method": method, "seed": seed, "train_seconds": round(sum(h["seconds"] for h in history), 2)}
-    row["failed_share"] = round(sum(h["failed"] for h in history) / (len(history) * len(data.train)), 6)
-    row["graph_kib"] = round(one_graph(vae, data.train[: options.batch]) / 1024, 1)
-    row |= {k: round(v, 5) for k, v in evaluate(vae, data, seed).items()}
+    row["failed_share"] = round(sum(h["failed"] for h in history) / max(1, len(history) * len(train)), 6)
+    row["graph_kib"] = round(one_graph(vae, train[: options.batch]) / 1024, 1)
+    row |= {k: round(v, 5) for k, v in evaluate(vae.double(), data, seed).items()}
     log_file.write_text(json.dumps({"row": row, "history": history}, indent=1) + "\n")
     if data.side is not None:
         picture(vae, data, options.out / f"{name}.png")
@@ -152,6 +178,7 @@ def evaluate(vae: SemiAmortizedVAE, data: Data, seed: int) -> dict[str, float]:
         found[f"nll_{name}"] = float(metrics.iwae_nll(model, lam, x, 100, draw).mean())
         found[f"neg_elbo_{name}"] = -float(metrics.elbo(model, lam, x, 100, draw).mean())
     found["kl"] = float(model.family.kl_prior(lams["trained"]).mean())
+    found["information"] = float(metrics.mutual_information(model, lams["trained"], 10, draw))
     found["active"] = metrics.active_units(model, lams["trained"])
     if model.latent_dim <= 2:
         exact = metrics.evidence(model, x, nodes=65, width=6.5)
@@ -159,8 +186,8 @@ def evaluate(vae: SemiAmortizedVAE, data: Data, seed: int) -> dict[str, float]:
         found["exact_nll_error"] = float(exact.error.max())
         for name, lam in lams.items():
             found[f"gap_{name}"] = float((exact.value - metrics.quadrature_elbo(model, lam, x, 12)).mean().detach())
-        if data.truth is not None:
-            found["true_nll"] = -float(metrics.evidence(data.truth, x, nodes=65, width=6.5).value.mean())
+        if data.true_nll is not None:
+            found["true_nll"] = data.true_nll
     return found
 
 
@@ -168,9 +195,13 @@ def paired(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """The mean difference from the VAE of the same seed, and its 95 % interval (Student), of every figure."""
     base = {row["seed"]: row for row in rows if row["method"] == "vae"}
     found: dict[str, dict[str, list[float]]] = {}
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "vae"):
-        mine = [row for row in rows if row["method"] == method and row["seed"] in base]
-        keys = [k for k in (mine[0] if mine else {}) if k.startswith(("nll", "neg_elbo", "gap", "exact_nll", "kl"))]
+    for method in dict.fromkeys(_label(row, rows) for row in rows if row["method"] != "vae"):
+        mine = [row for row in rows if _label(row, rows) == method and row["seed"] in base]
+        keys = [
+            k
+            for k in (mine[0] if mine else {})
+            if k.startswith(("nll", "neg_elbo", "gap", "exact_nll", "kl", "information"))
+        ]
         for key in keys:
             differences = [row[key] - base[row["seed"]][key] for row in mine]
             mean, n = statistics.fmean(differences), len(differences)
@@ -179,14 +210,20 @@ def paired(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     return found
 
 
+def _label(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The method, and ρ where there are several."""
+    several = row["method"] != "vae" and len({other.get("rho") for other in rows}) > 1
+    return f"{row['method']}, {row['rho']:g}" if several else str(row["method"])
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over the seeds, a line a method."""
-    keys = ["nll_plain", "nll_trained", "nll_refined", "neg_elbo_plain", "neg_elbo_refined", "kl", "active"]
-    keys += [k for k in ("exact_nll", "gap_plain", "gap_trained", "gap_refined") if k in rows[0]]
+    keys = ["nll_plain", "nll_trained", "nll_refined", "neg_elbo_plain", "neg_elbo_refined", "kl", "information"]
+    keys += ["active"] + [k for k in ("exact_nll", "gap_plain", "gap_trained", "gap_refined") if k in rows[0]]
     keys += ["train_seconds", "graph_kib", "failed_share"]
     lines = ["  ".join([f"{'method':14}", *(f"{k:>16}" for k in keys)])]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
+    for method in dict.fromkeys(_label(row, rows) for row in rows):
+        mine = [row for row in rows if _label(row, rows) == method]
         lines.append("  ".join([f"{method:14}", *(f"{statistics.fmean(r[k] for r in mine):16.4g}" for k in keys)]))
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from implicit_layers.demonstration.digits import load
-from implicit_layers.vae import LatentModel
+from implicit_layers.vae import LatentModel, metrics
 
 WORDS, LENGTH, HIDDEN = 20, 5, 16  # of the generated sequences
 
@@ -24,6 +24,7 @@ class Data(NamedTuple):
     test: Tensor  # (M, n)
     side: int | None
     truth: LatentModel | None  # the generator, where it is known
+    true_nll: float | None = None  # the mean of −log p(x) over the test data under it
 
 
 def read(source: str, seed: int, limit: int | None) -> Data:
@@ -32,7 +33,7 @@ def read(source: str, seed: int, limit: int | None) -> Data:
     Pictures are binarised at half of their range, so that log-likelihoods are those of a discrete variable.
     """
     if source == "sequences":
-        return sequences(seed, 1000 if limit is None else limit, 200)
+        return sequences(seed, 1000 if limit is None else limit, min(200, limit or 200))
     if source == "digits":
         digits = load(seed, torch.float64, torch.device("cpu"))
         train, test = digits.train_images, digits.test_images
@@ -126,7 +127,8 @@ def sequences(seed: int, train: int, test: int) -> Data:
     z = torch.randn(train + test, 2, dtype=torch.float64, generator=draw)
     x = truth.generate(z, draw).double()
     model = LatentModel(nn.Identity(), 2, truth).requires_grad_(False)
-    return Data(x[:train], x[train:], None, model)
+    true_nll = -float(metrics.evidence(model, x[train:], nodes=65, width=6.5).value.mean())
+    return Data(x[:train], x[train:], None, model, true_nll)
 
 
 def describe(source: str, data: Data) -> dict[str, Any]:

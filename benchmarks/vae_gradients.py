@@ -1,8 +1,8 @@
 """`python -m benchmarks.vae_gradients`: what each gradient through the inner problem costs, and how wrong it is.
 
-Writes a JSON file and a figure: the error of the decoder's gradient against the error of the inner solution (outer
-objective = inner objective: order 1 for the envelope, 2 for implicit and unrolled), the encoder's gradient against the
-number of unrolled steps (it vanishes), and bytes and milliseconds against the number of steps.
+Writes a JSON file, of which `python -m benchmarks.plot` makes a figure and a table: the error of the decoder's gradient
+against that of the inner solution (outer = inner objective: order 1 for the envelope, 2 for implicit and unrolled), the
+encoder's gradient against the number of unrolled steps (it vanishes), bytes and milliseconds against that number.
 """
 
 from __future__ import annotations
@@ -107,7 +107,6 @@ def costs(setting: Setting, steps: Sequence[int] = STEPS, repeats: int = 5) -> l
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(prog="python -m benchmarks.vae_gradients")
     arguments.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "vae-gradients.json")
-    arguments.add_argument("--figure", type=Path, default=Path(__file__).parent / "figures" / "vae-gradients.png")
     arguments.add_argument("--quick", action="store_true", help="few steps, to see that it runs; not for figures")
     options = arguments.parse_args(argv)
     setting = Setting()
@@ -115,42 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = costs(setting, STEPS[:4] if options.quick else STEPS, 1 if options.quick else 5)
     head = {"suite": "vae-gradients", "quick": options.quick, "environment": environment("cpu", 0)}
     options.result.write_text(json.dumps({**head, "orders": found, "costs": rows}, indent=1, sort_keys=True) + "\n")
-    plot(found, rows, options.figure)
     print({k: round(v, 2) for k, v in found["slopes"].items()})
     for row in rows:
         print(row)
     return 0
-
-
-def plot(found: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
-    """Three panels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (errors, sizes, times) = plt.subplots(1, 3, figsize=(12, 3.6))
-    for name in ("envelope", "implicit", "unrolled", "encoder"):
-        label = f"{name}, order {found['slopes'][name]:.2f}"
-        label = label.replace("encoder", "size of encoder's gradient, unrolled")
-        errors.loglog(found["inner"], found[name], "o-" if name != "encoder" else "s:", label=label)
-    errors.set(xlabel="relative error of λ", ylabel="relative error of the decoder's gradient")
-    for name in ("unrolled", "implicit", "frozen_hessian", "envelope"):
-        mine = [row for row in rows if row["way"] == name]
-        steps = [row["steps"] for row in mine]
-        sizes.loglog(steps, [row["bytes"] / 1024 for row in mine], "o-", label=name)
-        times.loglog(steps, [row["ms"] for row in mine], "o-", label=name)
-    (newton,) = [row for row in rows if row["way"] == "implicit, Newton"]
-    sizes.axhline(newton["bytes"] / 1024, color="k", lw=0.8, ls="--", label="implicit, solved by Newton")
-    times.axhline(newton["ms"], color="k", lw=0.8, ls="--", label="implicit, solved by Newton")
-    sizes.set(xlabel="inner steps K", ylabel="KiB kept for the backward pass")
-    times.set(xlabel="inner steps K", ylabel="ms, forward and backward")
-    for axis in (errors, sizes, times):
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

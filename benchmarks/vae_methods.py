@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class OneHot(nn.Module):
     """Words to the numbers that a linear layer reads."""
 
     def forward(self, x: Tensor) -> Tensor:  # (*B, T) -> (*B, T·WORDS)
-        return nn.functional.one_hot(x.long(), WORDS).double().flatten(-2)
+        return nn.functional.one_hot(x.long(), WORDS).to(x.dtype).flatten(-2)
 
 
 def build(
@@ -37,7 +38,7 @@ def build(
     if data.truth is not None:
         latent = 2
         encoder: nn.Module = nn.Sequential(OneHot(), _mlp(n * WORDS, hidden, 2 * latent))
-        model = data.truth if fixed else LatentModel(nn.Identity(), latent, SequenceLikelihood())
+        model = deepcopy(data.truth) if fixed else LatentModel(nn.Identity(), latent, SequenceLikelihood())
     else:
         encoder = _mlp(n, hidden, 2 * latent)
         model = LatentModel(_mlp(latent, hidden, n), latent, Bernoulli())

@@ -103,7 +103,9 @@ def enter(
             result = by_hand(structure.caller(tensors), z, *structure.theta(tensors))  # type: ignore[operator]
             return getattr(result, "value", result)
 
-    system = System(kind, structure.call, dims, method, external, linear_solver, on_failure, what)
+    own = getattr(solver, "tol", None) if external is not None else None
+    own = float(own) if isinstance(own, float) and 0 < own < 1 else 0.0
+    system = System(kind, structure.call, dims, method, external, linear_solver, on_failure, what, external_tol=own)
     return Entrance(system, start, leaves, structure, z0.dtype, [x.dtype for x in given])
 
 

@@ -118,7 +118,8 @@ def argmin(
         solver:         `Newton()`, the default because its solution is accurate to rounding, and so is the gradient,
                         however badly conditioned the Hessian; `LBFGS()`, `GradientDescent()`, cheaper and with an
                         error of about the condition number times their tolerance; or any callable
-                        (objective, z0, \*theta) -> z.
+                        (objective, z0, \*theta) -> z, judged by its attribute `tol` if it has one that is above
+                        eps^(1/2).
         linear_solver:  None: `Cholesky()` up to 512 unknowns a problem, beyond that `ConjugateGradient()`; both want
                         a strict minimum.
         z0, theta, on_failure, batch_dims: as for `root`.

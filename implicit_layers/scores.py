@@ -69,7 +69,7 @@ def floating_count(value: Tensor | float, x: Tensor) -> Tensor | float:
     """A number of things, which may be an integer tensor, in the dtype of the computation."""
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         return value
-    return value.to(torch.float32 if x.dtype in HALF else x.dtype)
+    return value.to(torch.float32 if x.dtype in checks.HALF else x.dtype)
 
 
 def temperature_of(x: Tensor, axis: int, temperature: Tensor | float) -> Tensor | float:

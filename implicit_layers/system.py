@@ -44,6 +44,7 @@ class System:
         batch_dims:    leading dimensions of z that number problems, the mapped ones included.
         solver:        None: the given z is the solution.
         external:      calls a solver of the user's, which knows nothing of mapped axes either.
+        external_tol:  how accurate that solver says that it is, its attribute `tol`; at the least, eps^(1/2).
     """
 
     kind: Kind
@@ -55,6 +56,7 @@ class System:
     on_failure: OnFailure
     what: str
     maps: tuple[Dims, ...] = ()
+    external_tol: float = 0.0
 
     columns = 0  # further right-hand sides; a nonlinear system has none
 
@@ -111,7 +113,7 @@ class System:
             )
         else:
             z = self._run_external(self.maps, z0, leaves)
-            tol = float(torch.finfo(z0.dtype).eps ** 0.5)
+            tol = max(float(torch.finfo(z0.dtype).eps ** 0.5), self.external_tol)
             y = rows.flat(z)
             F = rows.residual(self.residual, tuple(leaves))(y)
             size = Terms(rows, self.residual, z0, tuple(leaves)).size(y, F)

@@ -13,7 +13,18 @@ from torch import nn
 import implicit_layers as il
 from implicit_layers.measure import graph_bytes
 from implicit_layers.nn import SemiAmortizedVAE
-from implicit_layers.vae import IWAE, Anchor, Descent, Gaussian, HeldOut, InnerProblem, LatentModel, Noise, metrics
+from implicit_layers.vae import (
+    IWAE,
+    Anchor,
+    Categorical,
+    Descent,
+    Gaussian,
+    HeldOut,
+    InnerProblem,
+    LatentModel,
+    Noise,
+    metrics,
+)
 from implicit_layers.vae.ppca import PPCA, learned
 
 X = torch.rand(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -149,6 +160,44 @@ def test_an_input_that_is_not_finite_and_an_encoder_of_the_wrong_size():
         SemiAmortizedVAE(nn.Linear(5, 3).double(), model)(X)
 
 
+def test_fresh_points_of_an_iwae_are_independent():
+    encoder, model = parts()
+    for rule in ("cubature", "whitened"):
+        vae = SemiAmortizedVAE.savi_implicit(encoder, model, outer=IWAE(), noise=Noise(rule))
+        draw = torch.Generator().manual_seed(0)
+        values = torch.stack([vae(X, draw).loss.detach() for _ in range(400)])
+        lam = vae(X, draw).lam.detach()
+        free = Noise("iid", 4).draw(2, (400, 6), dtype=torch.float64, generator=draw)
+        exact = IWAE()(model, lam.expand(400, 6, 4), X.expand(400, 6, 5), free).detach()
+        error = (values.var(0) / 400 + exact.var(0) / 400).sqrt()
+        assert bool(((values.mean(0) - exact.mean(0)).abs() <= 5 * error).all()) and float(values.std(0).min()) > 0
+
+
+def test_class_numbers_are_data_too():
+    torch.manual_seed(0)
+    decoder = nn.Sequential(nn.Linear(2, 12), nn.Unflatten(-1, (4, 3))).double()
+    model = LatentModel(decoder, 2, Categorical())
+    x = torch.randint(3, (5, 4))
+    result = SemiAmortizedVAE.svi(model)(x)
+    result.loss.sum().backward()
+    assert result.loss.dtype == torch.float64 and bool(result.info.converged.all())
+    exact = metrics.evidence(model, x)
+    assert float(exact.error.max()) <= 1e-8
+    assert bool((exact.value >= metrics.quadrature_elbo(model, result.lam, x)).all())
+
+
+@pytest.mark.parametrize("preset", ["savi_implicit", "savi_moreau", "sa_vae", "vae_svi"])
+def test_autocast_around_the_module(preset):
+    encoder, model = parts()
+    vae = getattr(SemiAmortizedVAE, preset)(encoder.float(), model.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = vae(X.float(), torch.Generator().manual_seed(0))
+    result.loss.sum().backward()
+    plain = vae(X.float(), torch.Generator().manual_seed(0))
+    assert result.lam.dtype == torch.float32 and all(bool(torch.isfinite(p.grad).all()) for p in vae.parameters())
+    assert float(((result.loss - plain.loss) / plain.loss).detach().abs().max()) <= 0.05
+
+
 def test_copies_and_state():
     vae = SemiAmortizedVAE.savi_implicit(*parts(), rho=0.5, noise=Noise("cubature"))
     loss = vae(X, torch.Generator().manual_seed(0)).loss
@@ -186,14 +235,14 @@ def test_memory_does_not_grow_with_the_steps_of_the_solver():
     assert unrolled[40] - unrolled[20] == pytest.approx(2 * (unrolled[20] - unrolled[10]), rel=0.02)
 
 
-@pytest.mark.parametrize("active", [1, 2, 3])
+@pytest.mark.parametrize("active", [0, 1, 2, 3])
 def test_linear_training_reaches_the_closed_optimum(active):
     """The gap, the evidence and the number of active units, for γ between the eigenvalues of the data."""
     torch.manual_seed(0)
     x = torch.randn(60, 3, dtype=torch.float64) @ torch.diag(torch.tensor([2.0, 1.2, 0.8], dtype=torch.float64))
     x = x @ torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0][:3] + 0.1 * torch.randn(60, 6).double()
     values = torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).flip(0)
-    gamma = float(0.5 * (values[active - 1] + values[active]))
+    gamma = float(0.5 * (values[active - 1] + values[active]) if active else 1.5 * values[0])
     decoder, encoder = nn.Linear(3, 6).double(), nn.Linear(6, 6).double()
     model = LatentModel(decoder, 3, Gaussian(gamma).double())
     vae = SemiAmortizedVAE.savi_implicit(encoder, model, rho=1.0, noise=Noise("cubature"), outer_noise="inner")

@@ -94,6 +94,29 @@ def test_a_run_is_resumed_to_the_same_numbers(tmp_path, capsys):
         assert (tmp_path / "whole" / f"{name}.pt").exists()
 
 
+def test_a_method_with_nothing_to_learn_is_tested_all_the_same(tmp_path, capsys):
+    settings = ["--data", "sequences", "--fixed", "--limit", "8", "--hidden", "4", "--epochs", "1", "--quiet"]
+    main([*settings, "--method", "vae", "svi", "--precision", "float32", "--out", str(tmp_path)])
+    svi = json.loads((tmp_path / "sequences-fixed-svi-0.json").read_text())
+    assert "svi" in capsys.readouterr().out and svi["history"] == []
+    assert svi["row"]["gap_refined"] < 0.5 * svi["row"]["gap_plain"] and svi["row"]["information"] > 0
+
+
+def test_a_grid_of_anchors(tmp_path, capsys):
+    settings = ["--limit", "30", "--hidden", "4", "--epochs", "1", "--quiet", "--result", str(tmp_path / "r.json")]
+    main([*settings, "--method", "vae", "savi_moreau", "--rho", "0.5", "2", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [(row["method"], row["rho"]) for row in result["rows"]] == [("vae", 0.5)] + [
+        ("savi_moreau", rho) for rho in (0.5, 2.0)
+    ]
+    (tmp_path / "digits-savi_moreau-rho2-0.json").unlink()
+    main([*settings, "--method", "vae", "savi_moreau", "--rho", "0.5", "2", "--out", str(tmp_path), "--collect"])
+    assert json.loads((tmp_path / "r.json").read_text())["rows"] == result["rows"][:2]
+    assert (
+        set(result["paired"]) == {"savi_moreau, 0.5", "savi_moreau, 2"} and "savi_moreau, 2" in capsys.readouterr().out
+    )
+
+
 def test_paired_differences():
     rows = [{"method": m, "seed": s, "nll_plain": 10.0 + s - (m == "svi")} for s in range(3) for m in ("vae", "svi")]
     assert paired(rows) == {"svi": {"nll_plain": [-1.0, -1.0, -1.0]}}

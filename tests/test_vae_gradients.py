@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks.plot import draw
 from benchmarks.vae_gradients import Setting, costs, main, orders, slope
 
 
@@ -41,7 +42,7 @@ def test_slope_is_an_exponent():
 
 
 def test_the_script_writes_its_files(tmp_path, capsys):
-    main(["--quick", "--result", str(tmp_path / "r.json"), "--figure", str(tmp_path / "f.png")])
+    main(["--quick", "--result", str(tmp_path / "vae-gradients.json")])
     assert "implicit" in capsys.readouterr().out
-    assert json.loads((tmp_path / "r.json").read_text())["quick"] is True
-    assert (tmp_path / "f.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "vae-gradients.json").read_text())["quick"] is True
+    assert draw("vae-gradients", tmp_path, tmp_path).stat().st_size > 5000

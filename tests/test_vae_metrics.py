@@ -9,7 +9,17 @@ import scipy.integrate
 import torch
 
 import implicit_layers as il
-from implicit_layers.vae import Anchor, Bernoulli, Categorical, InnerProblem, LatentModel, Noise, metrics, refine
+from implicit_layers.vae import (
+    Anchor,
+    Bernoulli,
+    Categorical,
+    FullGaussian,
+    InnerProblem,
+    LatentModel,
+    Noise,
+    metrics,
+    refine,
+)
 from tests.vae_problems import close, curved_case, linear_case
 
 FREE = InnerProblem(Anchor("none"))
@@ -165,3 +175,55 @@ def test_a_categorical_model_and_a_callable_likelihood():
     transposed = LatentModel(torch.nn.Linear(2, 3).double(), 2, lambda output, x: -((x - output) ** 2).movedim(0, -1))
     with pytest.raises(il.ShapeError, match="must begin with"):
         refine(transposed, torch.rand(5, 3).double(), lam0, eps.double())
+
+
+def test_mutual_information_of_one_dimension_is_scipys():
+    model = LatentModel(torch.nn.Linear(1, 2).double(), 1)
+    lam = torch.tensor([[-1.0, -0.5], [0.5, 0.0], [2.0, -1.0]], dtype=torch.float64)
+
+    def density(z):
+        return model.family.log_prob(lam, torch.full((1, 1, 1), z, dtype=torch.float64)).squeeze(0).exp()
+
+    def integrand(z, i):
+        each = density(z)
+        return float(each[i] * (each[i] / each.mean()).log())
+
+    exact = sum(scipy.integrate.quad(integrand, -8, 8, args=(i,), epsabs=1e-10)[0] for i in range(3)) / 3
+    found = metrics.mutual_information(model, lam, 20_000, torch.Generator().manual_seed(0))
+    assert abs(float(found) - exact) <= 0.01
+
+
+def test_mutual_information_is_log_n_for_distinct_and_zero_for_equal_codes():
+    model = LatentModel(torch.nn.Linear(2, 2).double(), 2)
+    far = torch.cat([100.0 * torch.arange(10.0).reshape(2, 5, 1).expand(2, 5, 2), torch.zeros(2, 5, 2)], -1).double()
+    assert close(metrics.mutual_information(model, far), torch.tensor(math.log(10.0), dtype=torch.float64))
+    assert float(metrics.mutual_information(model, torch.zeros(3, 4, dtype=torch.float64)).abs()) <= 1e-12
+    full = LatentModel(torch.nn.Linear(2, 2).double(), 2, family=FullGaussian(2))
+    same = torch.tensor([0.3, -0.2, 0.1, 0.4, 0.7], dtype=torch.float64).expand(4, 5)
+    assert float(metrics.mutual_information(full, same).abs()) <= 1e-12
+
+
+def test_what_does_not_fit_is_refused():
+    case = curved_case()
+    for metric in (metrics.elbo, metrics.iwae_nll, metrics.quadrature_elbo):
+        with pytest.raises(il.ShapeError, match="DiagonalGaussian"):
+            metric(case.model, case.lam0[:, :3], case.x)
+        with pytest.raises(il.ShapeError, match="x must begin with"):
+            metric(case.model, case.lam0, case.x[:2])
+    for metric in (metrics.active_units, metrics.kl_per_unit, metrics.mutual_information):
+        with pytest.raises(il.ShapeError, match="DiagonalGaussian"):
+            metric(case.model, case.lam0[:, :3])
+    with pytest.raises(il.ShapeError, match=r"x must be \(B, \*E\)"):
+        metrics.evidence(case.model, case.x[0])
+    with pytest.raises(il.ShapeError, match="batch dimension"):
+        metrics.evidence(case.model, case.x[0, 0])
+
+
+def test_any_number_of_data():
+    case = curved_case(B=6)
+    lam = case.lam0.reshape(2, 3, 4)
+    assert torch.equal(metrics.kl_per_unit(case.model, lam), metrics.kl_per_unit(case.model, case.lam0))
+    assert metrics.active_units(case.model, lam) == metrics.active_units(case.model, case.lam0)
+    assert metrics.active_units(case.model, lam[:0]) == 0
+    assert metrics.evidence(case.model, case.x[:0]).value.shape == (0,)
+    assert metrics.elbo(case.model, lam, case.x.reshape(2, 3, 5)).shape == (2, 3)

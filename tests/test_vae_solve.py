@@ -63,7 +63,7 @@ def test_gradcheck_of_the_solution(name):
 
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["whole", "held out"])
-@pytest.mark.parametrize("anchor", ["l2", "kl"])
+@pytest.mark.parametrize("anchor", ["l2", "l2 fisher", "kl"])
 def test_gradcheck_of_the_outer_objectives(anchor, hidden):
     case = curved_case(n=3, B=2)
     settings = {"mask": OBSERVED} if hidden else {}
@@ -298,6 +298,20 @@ def test_steps_that_diverge_stay_where_they_started():
     assert all(bool(torch.isfinite(g).all()) for g in found)
 
 
+@pytest.mark.parametrize("grad", ["unrolled", "implicit", "straight_through"])
+def test_steps_that_end_above_their_start_have_diverged(grad):
+    case = curved_case()
+    x = case.x.clone()
+    x[1] = 1e4  # finite after three steps, and far above the start
+    descent = Descent(3, 0.02)
+    solution, found = run_with(case, case.lam0, x, solver=descent, grad=grad, on_failure="ignore")
+    assert solution.info.converged.tolist() == [True, False, True]
+    assert torch.equal(solution.value[1], case.lam0[1])
+    tame = case.x[[0, 2]], case.lam0[[0, 2]], case.eps[:, [0, 2]]
+    alone = refine(case.model, *tame, solver=descent, grad=grad).value
+    assert close(solution.value[[0, 2]], alone, 1e-12) and all(bool(torch.isfinite(g).all()) for g in found)
+
+
 # --- shapes and settings -----------------------------------------------------------------------------------------
 
 
@@ -306,7 +320,7 @@ def test_any_batch(batch):
     case = curved_case()
     x, lam0 = torch.rand(*batch, 5, dtype=torch.float64), torch.randn(*batch, 4, dtype=torch.float64).requires_grad_()
     eps = Noise("cubature").draw(2, batch, dtype=torch.float64)
-    for settings in [{}, {"solver": Descent(3, 0.05), "grad": "unrolled"}, {"solver": Descent(3, 0.05)}]:
+    for settings in [{}, {"solver": Descent(3, 0.01), "grad": "unrolled"}, {"solver": Descent(3, 0.01)}]:
         solution = refine(case.model, x, lam0, eps, **settings)
         assert solution.value.shape == (*batch, 4) and solution.info.converged.shape == batch
         (found,) = torch.autograd.grad(ELBO()(case.model, solution.value, x, eps).sum(), lam0)
@@ -418,3 +432,31 @@ def test_gauss_newton_needs_the_curvature_of_the_likelihood():
     model = LatentModel(case.model.decoder, 2, lambda output, x: -((x - output) ** 2))
     with pytest.raises(il.ArgumentError, match="curvature"):
         refine(model, case.x, case.lam0, case.eps, solver=GaussNewton())
+
+
+@pytest.mark.parametrize("tol", [1e-8, 1e-4, 1e-2])
+def test_gauss_newton_is_judged_by_its_own_tolerance(tol):
+    case = curved_case(B=6)
+    lam0 = case.lam0.requires_grad_()
+    solution = refine(case.model, case.x, lam0, case.eps, solver=GaussNewton(tol=tol))
+    assert bool(solution.info.converged.all()) and 0 < float(solution.info.residual.max()) <= 2 * tol
+    (found,) = torch.autograd.grad(solution.value.sum(), lam0)
+    (exact,) = torch.autograd.grad(refine(case.model, case.x, lam0, case.eps).value.sum(), lam0)
+    assert close(found, exact, 30 * tol)
+    with pytest.warns(il.ConvergenceWarning):
+        stopped = refine(
+            case.model, case.x, lam0, case.eps, solver=GaussNewton(tol=tol, max_iter=1), rho=1e-3, on_failure="warn"
+        )
+    assert not bool(stopped.info.converged.all())
+
+
+@pytest.mark.parametrize("settings", [{}, {"solver": Descent(5, 0.01), "grad": "unrolled"}, {"solver": GaussNewton()}])
+def test_autocast_does_not_reach_the_inner_problem(settings):
+    case = curved_case()
+    parts = case.model.float(), case.x.float(), case.lam0.float(), case.eps.float()
+    plain = refine(*parts, **settings).value
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = refine(*parts, **settings).value
+        half = refine(parts[0], parts[1], parts[2].bfloat16(), parts[3], **settings).value
+    assert found.dtype == half.dtype == torch.float32
+    assert close(found, plain, 1e-2 if "grad" in settings else 1e-6) and close(half, plain, 2e-2)

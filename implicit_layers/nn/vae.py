@@ -17,7 +17,7 @@ from implicit_layers.vae.anchors import Anchor
 from implicit_layers.vae.inner import InnerProblem
 from implicit_layers.vae.model import LatentModel
 from implicit_layers.vae.noise import Noise
-from implicit_layers.vae.outer import ELBO, HeldOut
+from implicit_layers.vae.outer import ELBO, IWAE, HeldOut
 from implicit_layers.vae.solve import Descent, GradMode, InnerSolver, refine
 
 Outer = Callable[[LatentModel, Tensor, Tensor, Tensor], Tensor]
@@ -51,7 +51,9 @@ class SemiAmortizedVAE(nn.Module):
         noise:        the points of the inner problem.
         outer:        an outer objective of `implicit_layers.vae`, or "anchored" (Moreau): the inner value itself, whose
                       gradient needs no linear solve. With a `HeldOut` the inner problem sees the observed entries only.
-        outer_noise:  "fresh" points for the outer objective, or those of the "inner" problem.
+        outer_noise:  "fresh" points for the outer objective, or those of the "inner" problem. Fresh points follow the
+                      rule of `noise` (those of "cubature" are always the same ones), but are independent for `IWAE`,
+                      which is a bound for such points only, and where `outer_samples` is given.
         outer_samples: how many fresh points; None: as many as the inner problem has.
         encoder_loss: how the encoder learns: "through" λ*, or, λ* being detached, by its "own_elbo", by
                       KL(q_λ⁰ ‖ q_λ*) "kl_initial_final", by KL(q_λ* ‖ q_λ⁰) "kl_final_initial", or not at all, "none".
@@ -110,7 +112,9 @@ class SemiAmortizedVAE(nn.Module):
         self.solver, self.grad, self.noise, self.on_failure = solver, grad, noise, on_failure
         self.outer, self.outer_noise, self.outer_samples = outer, outer_noise, outer_samples
         self.encoder_loss = encoder_loss
-        self._fresh_noise = noise if outer_samples is None else Noise("iid", outer_samples)
+        count = noise.count(model.latent_dim) if outer_samples is None else outer_samples
+        independent = outer_samples is not None or isinstance(outer, IWAE)
+        self._fresh_noise = Noise("iid", count) if independent else noise
         if self._encoder_learns_nothing():
             warn(
                 "SemiAmortizedVAE: the encoder's gradient is exactly zero: without an anchor an exact solution does "
@@ -130,7 +134,7 @@ class SemiAmortizedVAE(nn.Module):
     @classmethod
     def svi(cls, model: LatentModel, event_dims: int = 1, **settings: Any) -> SemiAmortizedVAE:
         """SVI: optimised from the prior, λ = 0, without an encoder; x is (*B, *E) with `event_dims` dimensions *E."""
-        start = _PriorStart(model.family.size, event_dims)
+        start = _PriorStart(model, event_dims)
         return cls(start, model, **{"problem": _FREE, "grad": "envelope", "encoder_loss": "none", **settings})
 
     @classmethod
@@ -174,7 +178,7 @@ class SemiAmortizedVAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:  # (*B, *E) -> (*B, size)
         """λ⁰."""
-        lam0 = self.encoder(x)
+        (lam0,) = checks.without_autocast({"lam0": self.encoder(x)}).values()
         if lam0.shape[-1:] != (self.model.family.size,) or x.shape[: lam0.ndim - 1] != lam0.shape[:-1]:
             raise ShapeError(
                 f"the encoder must return (*B, {self.model.family.size}) for x {tuple(x.shape)}, "
@@ -264,12 +268,17 @@ class SemiAmortizedVAE(nn.Module):
 
 
 class _PriorStart(nn.Module):
-    """λ = 0, the prior, for every datum."""
+    """λ = 0, the prior, for every datum, in the dtype of the model's parameters where x holds class numbers."""
 
-    def __init__(self, size: int, event_dims: int) -> None:
+    def __init__(self, model: LatentModel, event_dims: int) -> None:
         super().__init__()
-        self.size, self.event_dims = size, event_dims
+        self.size, self.event_dims = model.family.size, event_dims
+        self._models = (model,)  # in a tuple, so that its parameters are not counted twice
 
     def forward(self, x: Tensor) -> Tensor:  # (*B, *E) -> (*B, size)
         """Zeros."""
-        return x.new_zeros(*x.shape[: x.ndim - self.event_dims], self.size)
+        dtype = x.dtype
+        if not dtype.is_floating_point:
+            floating = (p.dtype for p in self._models[0].parameters() if p.dtype.is_floating_point)
+            dtype = next(floating, torch.get_default_dtype())
+        return x.new_zeros(*x.shape[: x.ndim - self.event_dims], self.size, dtype=dtype)

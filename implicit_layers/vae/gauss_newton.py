@@ -16,7 +16,8 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentError
 from implicit_layers.jacobian import Jacobian, gradient
-from implicit_layers.solvers.problem import norm
+from implicit_layers.solvers.problem import Rows, Terms, norm, relative
+from implicit_layers.structure import flatten
 from implicit_layers.vae.inner import InnerProblem
 from implicit_layers.vae.model import LatentModel
 
@@ -28,7 +29,8 @@ class GaussNewton:
     """Gauss–Newton steps, each datum with its own step length and its own end, never uphill.
 
     Attributes:
-        tol:      a datum ends when ‖∇e‖ ≤ tol·(1 + |e|), or when no step lowers e any more.
+        tol:      a datum ends when ‖∇e‖ ≤ tol·size, size as in `Newton`, or when no step lowers e any more. It counts
+                  as solved within tol, or eps^(1/2) if that is more.
         max_iter: cap on the steps; `info.iterations` does not count them.
 
     Source:  Park et al. (2019), arXiv:1907.05527, for the Laplace approximation in a VAE.
@@ -48,10 +50,12 @@ class GaussNewton:
         """The unknown at a minimum of the problem."""
         slope = gradient(problem.value)
         y = y0.detach().clone()
+        structure, leaves = flatten(problem.value, theta)
+        terms = Terms(Rows(y0.shape, y0.ndim - 1), gradient(structure.call), y, tuple(leaves))
         value, g = problem.value(y, *theta), slope(y, *theta)
         active = torch.ones_like(value, dtype=torch.bool)
         for _ in range(self.max_iter):
-            active = active & (norm(g) > self.tol * (1 + value.abs()))
+            active = active & (relative(g, terms.size(y, g)) > self.tol)
             if not checks.host_bool(active.any()):
                 break
             L, failed = torch.linalg.cholesky_ex(curvature(problem, y, *theta))

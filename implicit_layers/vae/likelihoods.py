@@ -77,5 +77,6 @@ class Categorical(nn.Module):
     def forward(self, output: Tensor, x: Tensor) -> Tensor:  # (S, *B, *E, V), (*B, *E) -> (S, *B, *E)
         """The entries log softmax(output)[x]."""
         log_p = output.log_softmax(-1)
-        index = x.to(torch.int64).expand(log_p.shape[:-1]).unsqueeze(-1)
-        return log_p.gather(-1, index).squeeze(-1)
+        shape = torch.broadcast_shapes(log_p.shape[:-1], x.shape)
+        index = x.to(torch.int64).expand(shape).unsqueeze(-1)
+        return log_p.expand(*shape, -1).gather(-1, index).squeeze(-1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
-from implicit_layers.errors import ArgumentError
+from implicit_layers.errors import ArgumentError, ShapeError
 from implicit_layers.vae.families import DiagonalGaussian, log_prior
 from implicit_layers.vae.model import LatentModel
 from implicit_layers.vae.noise import Noise
@@ -39,6 +39,7 @@ def elbo(
     >>> elbo(model, torch.zeros(3, 2), torch.zeros(3, 2)).shape
     torch.Size([3])
     """
+    _check(model, lam, x)
     return -model.free_energy(lam, x, _fresh(model, lam, samples, generator))
 
 
@@ -52,6 +53,7 @@ def iwae_nll(
     >>> iwae_nll(model, torch.zeros(3, 2), torch.zeros(3, 2)).shape
     torch.Size([3])
     """
+    _check(model, lam, x)
     return IWAE()(model, lam, x, _fresh(model, lam, samples, generator))
 
 
@@ -72,8 +74,10 @@ def evidence(model: LatentModel, x: Tensor, nodes: int = 161, width: float = 8.0
         raise ArgumentError(f"nodes must be odd, so that every second one is a grid too, got {nodes}")
     if model.latent_dim > 2:
         raise ArgumentError(f"quadrature is for at most 2 latent dimensions, got {model.latent_dim}; use iwae_nll")
-    checks.floating_tensors(x=x)
-    axis = torch.linspace(-width, width, nodes, dtype=x.dtype, device=x.device)
+    if x.ndim == 0:
+        raise ShapeError("x must have a batch dimension, (B, *E); use x.unsqueeze(0) for one datum")
+    like = x if x.is_floating_point() else next(model.parameters(), torch.empty(0, device=x.device))
+    axis = torch.linspace(-width, width, nodes, dtype=like.dtype, device=x.device)
     grid = torch.cartesian_prod(*[axis] * model.latent_dim).reshape(-1, model.latent_dim)
     even = torch.arange(nodes, device=x.device) % 2 == 0
     coarse = torch.cartesian_prod(*[even] * model.latent_dim).reshape(len(grid), -1).all(-1)
@@ -95,6 +99,7 @@ def quadrature_elbo(model: LatentModel, lam: Tensor, x: Tensor, nodes: int = 32)
     if model.latent_dim > 2:
         raise ArgumentError(f"quadrature is for at most 2 latent dimensions, got {model.latent_dim}; use elbo")
     checks.whole("nodes", nodes, least=1)
+    _check(model, lam, x)
     place, weight = _hermite(nodes, lam)
     eps = torch.cartesian_prod(*[place] * model.latent_dim).reshape(-1, model.latent_dim)
     weights = torch.cartesian_prod(*[weight] * model.latent_dim).reshape(len(eps), -1).prod(-1)
@@ -134,8 +139,9 @@ def active_units(model: LatentModel, lam: Tensor, threshold: float = 1e-2) -> in
     >>> active_units(model, torch.tensor([[1.0, 0.5, 0.0, 0.0], [-1.0, 0.5, 0.0, 0.0]]))
     1
     """
-    means = model.family.mean(lam.detach())
-    return int((means.var(0, correction=0) > threshold).sum())
+    model.family.check("lam", lam)
+    means = model.family.mean(lam.detach()).reshape(-1, model.latent_dim)
+    return int((means.var(0, correction=0) > threshold).sum()) if len(means) else 0
 
 
 def kl_per_unit(model: LatentModel, lam: Tensor) -> Tensor:  # (N, 2D) -> (D,)
@@ -146,7 +152,42 @@ def kl_per_unit(model: LatentModel, lam: Tensor) -> Tensor:  # (N, 2D) -> (D,)
     """
     if not isinstance(model.family, DiagonalGaussian):
         raise ArgumentError("only the KL of a DiagonalGaussian splits into coordinates")
-    return model.family.kl_units(lam.detach()).mean(0)
+    model.family.check("lam", lam)
+    return model.family.kl_units(lam.detach()).reshape(-1, model.latent_dim).mean(0)
+
+
+@torch.no_grad()
+def mutual_information(
+    model: LatentModel, lam: Tensor, samples: int = 10, generator: torch.Generator | None = None
+) -> Tensor:  # (N, size) -> ()
+    """How much z says of which datum it came from: the mean of log q(z | x) − log q(z), q(z) the mean over the data.
+
+    It is between 0, a collapsed posterior, and log N; KL(q(z | x) ‖ p) is on average this plus KL(q(z) ‖ p).
+
+    Source:  Hoffman & Johnson (2016), "ELBO surgery".
+
+    >>> model = LatentModel(torch.nn.Linear(1, 2), 1)
+    >>> mutual_information(model, torch.tensor([[0.0, 0.0], [0.0, 0.0]]))
+    tensor(0.)
+    """
+    checks.whole("samples", samples, least=1)
+    model.family.check("lam", lam)
+    lam = lam.reshape(-1, model.family.size)
+    z = model.family.sample(lam, _fresh(model, lam, samples, generator))  # (S, N, D)
+    own = model.family.log_prob(lam, z)
+    parts = z.reshape(-1, 1, model.latent_dim).split(max(1, _CHUNK // max(1, len(lam))))
+    together = torch.cat([model.family.log_prob(lam, part).logsumexp(-1) for part in parts]) - math.log(
+        max(1, len(lam))
+    )
+    return (own.flatten() - together).mean()
+
+
+def _check(model: LatentModel, lam: Tensor, x: Tensor) -> None:
+    """The door: a λ of the family for every datum."""
+    model.family.check("lam", lam)
+    batch = lam.shape[:-1]
+    if x.shape[: len(batch)] != batch:
+        raise ShapeError(f"x must begin with the batch {tuple(batch)} of lam, got {tuple(x.shape)}")
 
 
 def _fresh(model: LatentModel, lam: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
@@ -159,7 +200,12 @@ def _log_joint(model: LatentModel, z: Tensor, x: Tensor) -> Tensor:  # (G, D), (
     """The joint log p(x, z) of every datum at every point; each point is decoded once."""
     output = model.decoder(z)  # (G, *E)
     log_p = model.likelihood(output.unsqueeze(1), x)
-    return log_p.reshape(len(z), len(x), -1).sum(-1) + log_prior(z).unsqueeze(1)
+    if log_p.shape[:2] != (len(z), len(x)):
+        raise ShapeError(
+            f"the likelihood of x {tuple(x.shape)} has shape {tuple(log_p.shape)} for {len(z)} points, which must "
+            f"begin with {(len(z), len(x))}: x must be (B, *E), one batch dimension and the shape of one output"
+        )
+    return log_p.flatten(2).sum(-1) + log_prior(z).unsqueeze(1) if log_p.ndim > 2 else log_p + log_prior(z).unsqueeze(1)
 
 
 def _hermite(nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -108,7 +107,8 @@ def refine(
                        iterate and loses its implicit term, `info` counts it, and the others are untouched.
 
     Returns:  λ*, (\*B, size), and how it was found. A datum whose energy is not finite at λ⁰ starts at the prior,
-        λ = 0, and gives the encoder no gradient. With a `Descent`, `info.residual` is ‖∇e‖ at the last iterate.
+        λ = 0, and gives the encoder no gradient. With a `Descent`, `info.residual` is ‖∇e‖ at the last iterate, and
+        a datum whose steps ended above their start diverged: it stays at its start.
     Gradient: "implicit": dλ* = −(H + ρM)⁻¹ (∂F/∂θ dθ − ρM dλ⁰ + M(λ* − λ⁰) dρ) with F = ∇f, H = ∇²f; to any order,
         unless a `Descent` found λ*: then the same at its last iterate, and first derivatives only.
 
@@ -122,6 +122,7 @@ def refine(
     >>> refine(model, torch.ones(3, 1), lam0, eps).value.shape
     torch.Size([3, 2])
     """
+    lam0, eps = checks.without_autocast({"lam0": lam0, "eps": eps}).values()
     _check(model, x, lam0, eps, solver, grad, on_failure)
     model.check_deterministic()
     lam0 = _usable_start(problem, model, x, lam0, eps, rho, beta, mask)
@@ -131,7 +132,7 @@ def refine(
         y, info = _descend(problem, solver, y0, theta, grad, on_failure)
     else:
         if isinstance(solver, GaussNewton):
-            solver = partial(_by_parts, solver, problem)
+            solver = _ByParts(solver, problem)
         with torch.set_grad_enabled(torch.is_grad_enabled() and grad == "implicit"):
             solution = argmin(
                 problem.value, y0, *theta, solver=solver, linear_solver=linear_solver, on_failure=on_failure
@@ -176,9 +177,21 @@ def _usable_start(
     return torch.where(good.unsqueeze(-1), lam0, 0.0)
 
 
-def _by_parts(solver: GaussNewton, problem: InnerProblem, _: Callable[..., Tensor], y0: Tensor, *theta: Any) -> Tensor:
+@dataclass(frozen=True)
+class _ByParts:
     """A solver as the core calls it, which looks at the parts of the objective instead."""
-    return solver.minimise(problem, y0, *theta)
+
+    solver: GaussNewton
+    problem: InnerProblem
+
+    @property
+    def tol(self) -> float:
+        """What the core judges its answers by."""
+        return self.solver.tol
+
+    def __call__(self, _: Callable[..., Tensor], y0: Tensor, *theta: Any) -> Tensor:
+        """The unknown at a minimum."""
+        return self.solver.minimise(self.problem, y0, *theta)
 
 
 def _descend(
@@ -195,7 +208,7 @@ def _descend(
     differentiated = torch.is_grad_enabled()
     with nullcontext() if differentiated and grad == "unrolled" else opaque(y0.device):
         y = _steps(slope, descent, y0, theta, everywhere)
-        alive = torch.isfinite(y).all(-1)
+        alive = _not_above(problem, y, y0, theta)
         if not checks.host_bool(alive.all()):  # what diverged stays at its start, and spoils no gradient
             y = _steps(slope, descent, y0, theta, alive)
     good = alive
@@ -229,6 +242,14 @@ def _descend(
         advice="Its steps diverged: take a smaller step, or Newton().",
     )
     return y, info
+
+
+def _not_above(problem: InnerProblem, y: Tensor, y0: Tensor, theta: tuple[Any, ...]) -> Tensor:  # (*B,)
+    """Where the last iterate is finite and its energy no higher than at the start, but for rounding."""
+    with opaque(y.device):
+        start, end = (problem.value(v.detach(), *theta) for v in (y0, y))
+        rounding = 100 * torch.finfo(y.dtype).eps * (1 + start.abs())
+        return torch.isfinite(y).all(-1) & (end <= start + rounding)  # false for NaN
 
 
 def _steps(

@@ -9,14 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
+from benchmarks import vae_tables
 from benchmarks.run import RESULTS
 
-=======
-from benchmarks import vae_tables
-
-RESULTS = Path(__file__).parent / "results"
->>>>>>> seven
 README = Path(__file__).parents[1] / "README.md"
 OURS = "implicit_layers"
 
@@ -162,7 +157,6 @@ def denoising(result: Result) -> str:
     return f"{_markdown(lines, left=1)}\n\n{_provenance(result, 'benchmarks.denoising')}"
 
 
-<<<<<<< HEAD
 def kernel_choice(result: Result) -> str:
     """One line a kernel: its times, how many times longer than C++ it takes, and what it costs before it runs."""
     measured = [row for row in result["rows"] if "ms" in row]
@@ -175,7 +169,8 @@ def kernel_choice(result: Result) -> str:
         lines.append([name, *times, _power(error), str(cost["import_s"]), str(cost["compile_s"])])
     note = "In brackets: how many times longer than C++."
     return f"{_markdown(lines, left=1)}\n\n{note} {_provenance(result, 'benchmarks.kernel_choice')}"
-=======
+
+
 def vae_comparison(result: Result) -> str:
     """One line a way of training a VAE: the fairness table."""
     return f"{_markdown(vae_tables.comparison(result), left=1)}\n\n{vae_tables.caption(result)}"
@@ -192,7 +187,6 @@ def vae_gradients(result: Result) -> str:
     source = _provenance(result, "benchmarks.vae_gradients").replace("medians", "least of five")
     words = f"{vae_tables.crossover(result)} {source}"
     return f"{picture}\n\n{_markdown(vae_tables.costs(result), left=0)}\n\n{words}"
->>>>>>> seven
 
 
 # name of the table -> the suite that it shows, and how
@@ -207,16 +201,13 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "hard-qps": ("maros", hard_qps),
     "sudoku": ("sudoku", sudoku),
     "denoising": ("denoising", denoising),
-<<<<<<< HEAD
     "kernel-choice": ("kernel_choice", kernel_choice),
-=======
     "vae-gradients": ("vae-gradients", vae_gradients),
     "vae-sequences-fixed": ("vae-sequences-fixed", vae_comparison),
     "vae-rho": ("vae-rho", vae_grid),
     "vae-sequences": ("vae-sequences", vae_comparison),
     "vae-digits": ("vae-digits", vae_comparison),
     "vae-fashion-mnist": ("vae-fashion-mnist", vae_comparison),
->>>>>>> seven
 }
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import implicit_layers as il
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "implicit_layers").rglob("*.py"))
+KERNEL_SOURCES = sorted((ROOT / "implicit_layers/csrc").iterdir())
+EXTENSION = f"implicit_layers/_kernel{sysconfig.get_config_var('EXT_SUFFIX')}"
 GATE = ["ruff format --check .", "ruff check .", "mypy", "lint-imports"]
 TEST_COMMAND = "python -m pytest -n auto"
 SLOW_COMMAND = "python -m pytest -n auto -m slow"
@@ -28,9 +31,9 @@ def read(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
 
 
-def run(code: str, *, cwd: Path, path: Path) -> str:
+def run(code: str, *, cwd: Path, path: Path, **names: str) -> str:
     """Run Python code in a new process that finds the package at `path`; its standard output."""
-    environment = {**os.environ, "PYTHONPATH": str(path)}
+    environment = {**os.environ, "PYTHONPATH": str(path), **names}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -38,17 +41,21 @@ def run(code: str, *, cwd: Path, path: Path) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the files a clone has, so that nothing is left behind here."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def build_wheel(source: Path, out: Path, **names: str) -> Path:
+    """A wheel built from a copy of the files a clone has, so that nothing is left behind here."""
     for name in ["setup.py", "pyproject.toml", "README.md", "LICENSE"]:
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "implicit_layers", source / "implicit_layers", ignore=shutil.ignore_patterns("__pycache__"))
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")
+    shutil.copytree(ROOT / "implicit_layers", source / "implicit_layers", ignore=ignored)
     build = f"import setuptools.build_meta as backend; backend.build_wheel({str(out)!r})"
-    run(build, cwd=source, path=source)
+    run(build, cwd=source, path=source, **names)
     (built,) = out.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"))
 
 
 def test_one_version():
@@ -67,9 +74,10 @@ def test_the_citation_names_the_package_and_its_authors():
 def test_the_wheel_holds_every_module_the_type_marker_and_the_licence(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert wheel.name.startswith(f"implicit_layers-{il.__version__}-py3-none-any")
+    assert wheel.name.startswith(f"implicit_layers-{il.__version__}-")
+    assert not wheel.name.endswith("-py3-none-any.whl")  # it may hold a compiled solver, which is one platform's
     assert "implicit_layers/py.typed" in names
-    assert {path.relative_to(ROOT).as_posix() for path in SOURCES} <= names
+    assert {path.relative_to(ROOT).as_posix() for path in [*SOURCES, *KERNEL_SOURCES]} <= names
     assert any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
@@ -92,6 +100,32 @@ def test_the_wheel_works_away_from_the_source(wheel, tmp_path):
     assert run(code, cwd=tmp_path, path=tmp_path / "installed") == (
         f"{tmp_path / 'installed' / 'implicit_layers' / '__init__.py'} {il.__version__}"
     )
+
+
+SOLVE = (
+    "import torch, implicit_layers as il; from implicit_layers.solvers import compiled; "
+    "solution = il.solve_qp(torch.eye(2), -torch.ones(2), G=torch.eye(2), h=torch.zeros(2)); "
+    "print(solution.lam.tolist(), compiled.description())"
+)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here")
+def test_the_wheel_holds_the_compiled_solver_where_there_is_a_compiler(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        assert EXTENSION in archive.namelist()
+        archive.extractall(tmp_path)
+    assert re.fullmatch(r"\[1\.0, 1\.0\] \w+, \d programs side by side", run(SOLVE, cwd=tmp_path, path=tmp_path))
+
+
+def test_without_a_compiler_the_package_is_built_and_works(tmp_path):
+    for name in ("source", "wheel", "installed"):
+        (tmp_path / name).mkdir()
+    built = build_wheel(tmp_path / "source", tmp_path / "wheel", CC="false", CXX="false")
+    with zipfile.ZipFile(built) as archive:
+        assert EXTENSION not in archive.namelist()
+        archive.extractall(tmp_path / "installed")
+    said = run(SOLVE, cwd=tmp_path, path=tmp_path / "installed")
+    assert said == "[1.0, 1.0] none: built without a C++ compiler"
 
 
 def test_import_is_light(tmp_path):

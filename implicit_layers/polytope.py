@@ -32,6 +32,7 @@ from implicit_layers.solvers.dual_newton import DualNewton
 
 Slack = Literal["hard", "entropic"]
 SLACKS = get_args(Slack)
+_STEEP = 3e4  # scores over the temperature beyond which hard bounds are hard to meet
 _LARGE = 1e4  # x this many times larger than 1 + |b| + |h| is suspected to run off
 
 
@@ -179,7 +180,7 @@ def _check_bounds(u: Tensor) -> None:
         )
 
 
-def _suspicion(x: Tensor, f: Tensor, theta: Tensor, settings: Settings) -> str:  # (n,), (m,), (n,)
+def _suspicion(x: Tensor, f: Tensor, theta: Tensor, u: Tensor, settings: Settings) -> str:  # (n,), (m,), (n,), (n,)
     """What the last iterate of a problem that failed tells of the reason."""
     dtype = settings.dtype
     largest = float(x.nan_to_num(torch.inf, torch.inf).amax())
@@ -199,6 +200,13 @@ def _suspicion(x: Tensor, f: Tensor, theta: Tensor, settings: Settings) -> str: 
         return (
             f"c/temperature has entries of {scores:.1e}, next to which float64 cannot resolve log x to tol; raise the "
             "temperature or tol."
+        )
+    if scores > _STEEP and bool(u.isfinite().any()) and not settings.entropic:
+        return (
+            f"c/temperature has entries of {scores:.1e}: beside hard upper bounds the iterations grow in proportion to "
+            "that, and where max_iter is far below what they would be, they are not made; "
+            "raise the temperature, or take slack='entropic', or leave "
+            "the entropy out (smoothed_lp, solve_qp)."
         )
     return ""
 
@@ -239,7 +247,8 @@ class _EntropicLP(torch.autograd.Function):
         info = SolveInfo(*(t.reshape(batch) for t in (status, converged, dual.iterations, dual.residual)))
         hint = ""
         if settings.on_failure != "ignore" and not checks.host_bool(converged.all()):
-            hint = _suspicion(dual.x[~converged][0], flat[2][~converged][0], flat[0][~converged][0], settings)
+            first = ~converged
+            hint = _suspicion(dual.x[first][0], flat[2][first][0], flat[0][first][0], flat[3][first][0], settings)
         report_failure(
             info, settings.on_failure, what=settings.what, tol=solver.tol, max_iter=solver.max_iter, hint=hint
         )

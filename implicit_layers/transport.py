@@ -20,7 +20,7 @@ from torch import Tensor
 
 from implicit_layers import checks, transforms
 from implicit_layers.eager import uncompiled
-from implicit_layers.errors import ArgumentError, DeviceError, NonFiniteError, ShapeError
+from implicit_layers.errors import ArgumentError, DeviceError, NonFiniteError, ShapeError, SingularAdjointError
 from implicit_layers.kkt.balance import BalanceSolve
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.solution import OnFailure, Solution, SolveInfo, Status, check_on_failure, report_failure
@@ -65,11 +65,13 @@ def sinkhorn(
               smaller side's size (above 2048, conjugate gradients), whatever the iterations. a and b can only change
               with Σa = Σb, so their gradients are defined up to a constant (+κ on a, −κ on b); those of least norm are
               returned, and are right behind a softmax or any other normalisation. At a marginal that is zero, the
-              derivative to its side.
+              derivative to its side, first order only: there second derivatives in C alone are right, and those in a
+              or b are refused.
     Raises:   DtypeError, DeviceError, ShapeError, NonFiniteError: naming the argument (and index).
               ValueError: a negative marginal, sums that differ, ε not positive.
               InfeasibleError: forbidden entries leave some mass no way, proven.
               ConvergenceError: the marginals stayed off by more than `tol`.
+              SingularAdjointError: a second derivative in marginals of which some are zero.
     Cost:     O(nm) a scaling iteration; where those are slow, Newton steps of O(nm·k + k³), k = min(n, m), about 15–40
               of them at any ε. Memory for backward O(nm), whatever the iterations.
     Source:   Cuturi (2013), Sinkhorn distances, arXiv:1306.0895; Eisenberger et al. (2022), A unified framework for
@@ -202,6 +204,7 @@ class _Sinkhorn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         settings = ctx.settings
+        in_marginals = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
 
         def work(P: Tensor, converged: Tensor, *rest: Tensor) -> list[Tensor | None]:
             *extra, by_P, by_phi, by_psi = rest
@@ -215,6 +218,8 @@ class _Sinkhorn(torch.autograd.Function):
                 from_rows = (edges.rows * (by_P - v.unsqueeze(-2)).detach()).sum(-1)
                 from_columns = (edges.columns * (by_P - u.unsqueeze(-1)).detach()).sum(-2)
                 u, v = u + from_rows, v + from_columns
+                if in_marginals:
+                    grad_L, u, v = (_Once.apply(t, edges.some) for t in (grad_L, u, v))
             return [grad_L, u, v]
 
         return None, *modernised(work, (*ctx.saved_tensors, *grads[:3]))
@@ -225,6 +230,7 @@ class _Sinkhorn(torch.autograd.Function):
             P, converged, *extra = transforms.primals(ctx.saved_tensors)
             P = _masked(converged, P)
             d_L, d_a, d_b = tangents
+            in_marginals = ctx.settings.zeros and not (d_a is None and d_b is None)
             d_P = torch.zeros_like(P) if d_L is None else torch.where(P > 0, P * d_L, 0.0)
             d_a = torch.zeros_like(P[..., 0]) if d_a is None else d_a
             d_b = torch.zeros_like(P[..., 0, :]) if d_b is None else d_b
@@ -234,6 +240,8 @@ class _Sinkhorn(torch.autograd.Function):
             right = (_masked(converged, d_a - d_P.sum(-1)), _masked(converged, d_b - d_P.sum(-2)))
             d_phi, d_psi = BalanceSolve.apply(P, *right)
             d_P = _masked(converged, d_P) + P * (d_phi.unsqueeze(-1) + d_psi.unsqueeze(-2))
+            if in_marginals:
+                d_P, d_phi, d_psi = (_Once.apply(t, edges.some) for t in (d_P, d_phi, d_psi))
             return d_P, d_phi, d_psi, None, None, None, None
 
     @staticmethod
@@ -254,6 +262,7 @@ class _Edges(NamedTuple):
 
     rows: Tensor  # (*B, n, m): softmaxⱼ(Lᵢⱼ + ψⱼ) in rows of zeros, else 0
     columns: Tensor  # (*B, n, m): softmaxᵢ(Lᵢⱼ + φᵢ) in columns of zeros, else 0
+    some: Tensor  # (*B,): whether there are any
 
     @staticmethod
     def of(kept: Sequence[Tensor], converged: Tensor) -> _Edges:
@@ -264,7 +273,55 @@ class _Edges(NamedTuple):
         by_column = (L + phi.unsqueeze(-1)).masked_fill(no_row, -torch.inf).softmax(-2)
         rows = torch.where(no_row & ~no_column & ~by_row.isnan(), by_row, 0.0)
         columns = torch.where(no_column & ~no_row & ~by_column.isnan(), by_column, 0.0)
-        return _Edges(_masked(converged, rows), _masked(converged, columns))
+        some = (no_row.any(-2) | no_column.any(-1)).squeeze(-1) & converged
+        return _Edges(_masked(converged, rows), _masked(converged, columns), some)
+
+
+class _Once(torch.autograd.Function):
+    """(x, some) to x, which can be differentiated once more only where nothing is said by `some`.
+
+    A first derivative at a marginal of zero holds the distribution of its first mass fixed: another one would be wrong.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, some: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return modernised(lambda some, g: [_Refusal.apply(g, some)], (*ctx.saved_tensors, grad))[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, d_x: Tensor, _: None) -> Tensor:
+        with transforms.forward_mode():
+            return _Refusal.apply(d_x, *transforms.primals(ctx.saved_tensors))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, int]:
+        return _Once.apply(*transforms.map_to_front(info.batch_size, in_dims, tensors)), 0
+
+
+class _Refusal(_Once):
+    """(g, some) to g, an error where there are some; this is the first place where their values may be looked at."""
+
+    @staticmethod
+    def forward(x: Tensor, some: Tensor) -> Tensor:
+        if checks.host_bool(some.any()):
+            raise SingularAdjointError(
+                f"sinkhorn: {int(some.sum())} of {some.numel()} problems{checks.index_of(some)} have marginals of zero,"
+                " at which there are first derivatives to one side, and no second ones in a and b. Leave the rows and "
+                "columns of zero mass out, or take second derivatives in C alone (a.detach(), b.detach())"
+            )
+        return x.clone()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, int]:
+        return _Refusal.apply(*transforms.map_to_front(info.batch_size, in_dims, tensors)), 0
 
 
 def _masked(mask: Tensor, x: Tensor) -> Tensor:

@@ -176,6 +176,31 @@ def test_bounds_at_small_temperatures():
         assert solution.info.residual.max() <= 1e-10
 
 
+def box_program(scale, seed=0, batch=20, n=12, m=3):
+    draw = normal(seed)
+    A, inside = draw(batch, m, n).abs(), 0.1 + 0.8 * draw(batch, n).sigmoid()
+    return scale * draw(batch, n), A, (A @ inside.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e3, 1e4, 5e4])
+def test_hard_bounds_at_ten_thousandths_of_the_spread(scale):
+    c, A, b = box_program(scale)
+    x, info = il.entropic_lp(c, A=A, b=b, ub=1.0)
+    assert bool(info.converged.all())
+    for i in range(5):
+        best = linprog(-c[i], A_eq=A[i], b_eq=b[i], bounds=(0, 1))
+        assert -12 <= float(c[i] @ x[i]) + best.fun <= 1e-6 * scale  # the entropy is worth no more than n/e each way
+
+
+def test_hard_bounds_beside_larger_scores_give_up_early_and_say_so():
+    for scale in (1e6, 1e8, 1e12):
+        c, A, b = box_program(scale)
+        info = il.entropic_lp(c, A=A, b=b, ub=1.0, on_failure="ignore").info
+        assert not bool(info.converged.any()) and int(info.iterations.max()) <= 200
+        with pytest.raises(il.ConvergenceError, match="raise the temperature"):
+            il.entropic_lp(c, A=A, b=b, ub=1.0)
+
+
 def test_hundred_thousand_variables():
     draw = normal(14)
     A = draw(5, 100_000)

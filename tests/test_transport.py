@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -345,3 +346,37 @@ def test_under_autocast_half_costs_go_with_float32_marginals():
         Q = il.nn.Sinkhorn(temperature=0.5, learn_temperature=True)(costs)
     for plan in (P, Q):
         torch.testing.assert_close(plan, il.sinkhorn(C, half, half, temperature=0.5).value)
+
+
+def test_second_derivatives_beside_zero_marginals_are_right_in_the_costs_and_refused_in_the_marginals():
+    generator = torch.Generator().manual_seed(4)
+    C = torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    a = torch.tensor([0.4, 0.0, 0.6], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([0.3, 0.2, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
+    G = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+
+    def value(C, a, b):
+        return (il.sinkhorn(C, a, b, temperature=0.3, tol=1e-13).value.square() * G).sum()
+
+    assert torch.autograd.gradgradcheck(lambda C: value(C, a.detach(), b.detach()), C)
+    H = torch.func.hessian(value)(C.detach(), a.detach(), b.detach())
+    rows, columns = torch.tensor([0, 2]), torch.tensor([0, 1, 3])
+    part = C.detach()[rows][:, columns]
+
+    def smaller(C):
+        P = il.sinkhorn(C, a.detach()[rows], b.detach()[columns], temperature=0.3, tol=1e-13).value
+        return (P.square() * G[rows][:, columns]).sum()
+
+    expected = torch.zeros_like(H)
+    there = torch.meshgrid(rows, columns, rows, columns, indexing="ij")
+    expected[there] = torch.func.hessian(smaller)(part)
+    torch.testing.assert_close(H, expected, rtol=1e-8, atol=1e-9)
+    first = torch.autograd.grad(value(C, a, b), (C, a, b), create_graph=True)
+    for gradient in first:
+        with pytest.raises(il.SingularAdjointError, match="have marginals of zero"):
+            torch.autograd.grad(gradient.sum(), (C, a, b), retain_graph=True)
+    for outer, inner in itertools.product((torch.func.jacrev, torch.func.jacfwd), repeat=2):
+        with pytest.raises(il.SingularAdjointError, match="have marginals of zero"):
+            outer(inner(value, argnums=1), argnums=0)(C.detach(), a.detach(), b.detach())
+    inside = torch.full((3,), 1 / 3, dtype=torch.float64), torch.full((4,), 0.25, dtype=torch.float64)
+    torch.func.jacfwd(torch.func.jacrev(value, argnums=1), argnums=0)(C.detach(), *inside)  # nothing to refuse

@@ -33,6 +33,8 @@ from implicit_layers.solvers.homotopy import LONGER, choose, shortened
 _NEAR = 0.3  # relative residual from which on the path is followed
 _CLOSE = 0.1  # and the Newton decrement, relative to the curvature
 _STRAY, _STRAY_SMOOTH = 0.6, 0.1  # the most that a step along the path may leave; sigmoids hide much of it
+_PER_SCORE = 0.003  # iterations that hard bounds ask for at least, per unit of the spread of the scores; measured
+_HOPELESS = 200  # iterations after which a problem is given up that asks for more than there are
 _DAMPING = 1e-2  # curvature lent to entries at their bounds, relative to the residual and to that without bounds
 _SMALL = 1e-3  # residual from which on a smaller one is progress, whatever rounding makes of the objective
 _TRIALS = 40  # of the line search
@@ -211,6 +213,9 @@ class DualNewton:
         damping = torch.zeros_like(gamma)
         stray = torch.where(torch.isfinite(ub).any(-1) & entropic, _STRAY_SMOOTH, _STRAY)
         iterations = torch.zeros(batch, dtype=torch.int64, device=f.device)
+        capped = (torch.isfinite(ub) & (ub > 0)).any(-1) & (not entropic)
+        needed = torch.where(capped, _PER_SCORE * away.abs().amax(-1), 0.0)
+        budget = torch.where(needed > self.max_iter, min(_HOPELESS, self.max_iter), self.max_iter)
         infeasible = impossible | programs.contradicted(-matvec(null, f))
         done = infeasible.clone()
         for _ in range(self.max_iter):
@@ -264,6 +269,7 @@ class DualNewton:
                 shrinking = ahead > 0
                 length, ahead = shortened(length, ahead, gamma, trial)
                 reach = torch.where(waiting.unsqueeze(-1) & shrinking, torch.maximum(ahead, shortest), reach)
+            done = done | (iterations >= budget)
             jammed = length < 0.2
             damping = torch.where(jammed, (10 * damping).clamp(min=1e-3), 0.1 * damping)
         broken = programs.broken(point)

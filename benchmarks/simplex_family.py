@@ -2,8 +2,8 @@
 
     python -m benchmarks.simplex_family [--quick] [--out FILE] [--suite NAME [--add]]
 
-`speed`, `gradient_truth` and `entropic_truth` each return rows that JSON can hold. Peers that are not installed are left out by name:
-`pip install entmax` for the first, `pip install cvxpylayers` for the others.
+`speed`, `gradient_truth` and `entropic_truth` each return rows that JSON can hold. Peers that are not installed are left
+out by name: `pip install entmax` for the first, `pip install cvxpylayers` for the others.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def cvxpy_entropic(n: int, m: int, temperature: float) -> Callable[..., Tensor] 
 
 
 def entropic_truth(quick: bool = False, n: int = 10, m: int = 5, temperature: float = 0.05) -> Rows:
-    """Relative error of the gradient of ⟨g, x⟩ in c, x = argmax ⟨c, x⟩ + τ H(x) on A x = b with m rows, by the spread."""
+    """Relative error of the gradient of ⟨g, x⟩ in c, x = argmax ⟨c, x⟩ + τ H(x), A x = b with m rows, by the spread."""
     candidates: dict[str, Callable[..., Tensor] | None] = {
         "ours": lambda c, A, b: il.entropic_lp(c, A=A, b=b, temperature=temperature, tol=1e-13).value,
         "cvxpylayers": cvxpy_entropic(n, m, temperature),

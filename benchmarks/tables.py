@@ -142,8 +142,8 @@ def gradient_truth(result: Result) -> str:
     env = result.get("added", {}).get("entropic_truth", result["environment"])
     versions = f"torch {env['torch']}, cvxpylayers {env['cvxpylayers']}, diffcp {env['diffcp']}"
     return (
-        f"{_markdown(lines, left=0)}\n\nn = 10, eight draws a spread; {versions}, commit {env['commit']}, {env['date']}; "
-        "float64. `python -m benchmarks.simplex_family` makes it."
+        f"{_markdown(lines, left=0)}\n\nn = 10, eight draws a spread; {versions}, commit {env['commit']}, "
+        f"{env['date']}; float64. `python -m benchmarks.simplex_family` makes it."
     )
 
 

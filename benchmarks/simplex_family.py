@@ -2,8 +2,8 @@
 
     python -m benchmarks.simplex_family [--quick] [--out FILE] [--suite NAME [--add]]
 
-`speed`, `gradient_truth` and `entropic_truth` each return rows that JSON can hold. Peers that are not installed are left
-out by name: `pip install entmax` for the first, `pip install cvxpylayers` for the others.
+`speed`, `gradient_truth` and `entropic_truth` each return rows that JSON can hold. Peers that are not installed are
+left out by name: `pip install entmax` for the first, `pip install cvxpylayers` for the others.
 """
 
 from __future__ import annotations

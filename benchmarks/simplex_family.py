@@ -1,9 +1,9 @@
 """The simplex family against its peers: speed of softmax, sparsemax and entmax, and gradients held against the truth.
 
-    python -m benchmarks.simplex_family [--quick] [--out FILE]
+    python -m benchmarks.simplex_family [--quick] [--out FILE] [--suite NAME [--add]]
 
-`speed` and `gradient_truth` each return rows that JSON can hold. Peers that are not installed are left out by name:
-`pip install entmax` for the first, `pip install cvxpylayers` for the second.
+`speed`, `gradient_truth` and `entropic_truth` each return rows that JSON can hold. Peers that are not installed are
+left out by name: `pip install entmax` for the first, `pip install cvxpylayers` for the others.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -190,7 +191,98 @@ def gradient_truth(quick: bool = False, n: int = 10, temperature: float = 0.05) 
     return rows
 
 
-SUITES: dict[str, Callable[[bool], Rows]] = {"speed": speed, "gradient_truth": gradient_truth}
+def entropic_program(spread: float, seed: int, n: int, m: int, temperature: float) -> tuple[Tensor, ...]:
+    """Scores of that spread over τ, m rows through a point, the first of ones, and a cotangent: c, A, b, g."""
+    generator = torch.Generator().manual_seed(seed)
+    c = spread * temperature * torch.randn(n, generator=generator, dtype=torch.float64)
+    A = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    A[0] = 1.0
+    b = A @ torch.randn(n, generator=generator, dtype=torch.float64).softmax(-1)
+    return c, A, b, torch.randn(n, generator=generator, dtype=torch.float64)
+
+
+def exact_entropic_gradient(c: Tensor, A: Tensor, b: Tensor, g: Tensor, temperature: float, start: Tensor) -> Tensor:
+    """The gradient of ⟨g, x⟩ in c with sixty digits: Newton on A exp((c − Aᵀy)/τ − 1) = b, and its Jacobian."""
+    with mpmath.workdps(60):
+        rows, tau = mpmath.matrix(A.tolist()), mpmath.mpf(temperature)
+        scores, right = mpmath.matrix(c.tolist()), mpmath.matrix(b.tolist())
+        logs = mpmath.matrix([v if v > -mpmath.inf else mpmath.mpf(-700) for v in map(mpmath.log, start.tolist())])
+        weights = mpmath.diag(start.tolist())
+        pulled = rows * weights * (scores - tau * (logs + mpmath.matrix([1] * len(start))))
+        y = mpmath.lu_solve(rows * weights * rows.T, pulled)
+        for _ in range(40):
+            x = [mpmath.exp(v / tau - 1) for v in scores - rows.T * y]
+            missing = rows * mpmath.matrix(x) - right
+            M = rows * mpmath.diag(x) * rows.T / tau
+            if mpmath.norm(missing) < mpmath.mpf(10) ** -45:
+                break
+            y += mpmath.lu_solve(M, missing)
+        else:
+            raise ArithmeticError("the reference did not converge")
+        W = mpmath.diag(x) / tau
+        cotangent = mpmath.matrix(g.tolist())
+        w = mpmath.lu_solve(M, rows * W * cotangent)
+        return torch.tensor([float(v) for v in W * (cotangent - rows.T * w)], dtype=torch.float64)
+
+
+def cvxpy_entropic(n: int, m: int, temperature: float) -> Callable[..., Tensor] | None:
+    """The same program through cvxpylayers, with its solver's tolerances tightened."""
+    layers = peer("cvxpylayers", "cvxpylayers.torch")
+    if layers is None:
+        return None
+    cp = importlib.import_module("cvxpy")
+    c, A, b, x = cp.Parameter(n), cp.Parameter((m, n)), cp.Parameter(m), cp.Variable(n)
+    program = cp.Problem(cp.Maximize(c @ x + temperature * cp.sum(cp.entr(x))), [A @ x == b])
+    layer = layers.CvxpyLayer(program, parameters=[c, A, b], variables=[x])
+    return lambda c, A, b: layer(c, A, b, solver_args={"eps": 1e-9, "max_iters": 100000})[0]
+
+
+def entropic_truth(quick: bool = False, n: int = 10, m: int = 5, temperature: float = 0.05) -> Rows:
+    """Relative error of the gradient of ⟨g, x⟩ in c, x = argmax ⟨c, x⟩ + τ H(x), A x = b with m rows, by the spread."""
+    candidates: dict[str, Callable[..., Tensor] | None] = {
+        "ours": lambda c, A, b: il.entropic_lp(c, A=A, b=b, temperature=temperature, tol=1e-13).value,
+        "cvxpylayers": cvxpy_entropic(n, m, temperature),
+    }
+    functions = {name: f for name, f in candidates.items() if f is not None}
+    rows: Rows = []
+    for spread in SPREADS[::2] if quick else SPREADS:
+        errors: dict[str, list[float]] = {name: [] for name in functions}
+        for seed in range(2 if quick else 8):
+            c, A, b, g = entropic_program(spread, seed, n, m, temperature)
+            start = il.entropic_lp(c, A=A, b=b, temperature=temperature, tol=1e-13).value
+            exact = exact_entropic_gradient(c, A, b, g, temperature, start)
+            for name, function in functions.items():
+                given = c.clone().requires_grad_()
+                try:
+                    (found,) = torch.autograd.grad(function(given, A, b), given, g)
+                    error = float((found - exact).norm() / exact.norm())
+                except Exception as failure:  # noqa: BLE001  a peer's solver may give up in any way
+                    print(f"{name}, spread {spread}, seed {seed}: {type(failure).__name__}")
+                    error = math.inf
+                errors[name].append(error)
+        for name, found_errors in errors.items():
+            finite = [error for error in found_errors if math.isfinite(error)]
+            rows.append(
+                {
+                    "spread": spread,
+                    "n": n,
+                    "m": m,
+                    "temperature": temperature,
+                    "contender": name,
+                    "median_error": statistics.median(finite) if finite else None,
+                    "largest_error": max(finite) if finite else None,
+                    "seeds": len(found_errors),
+                    "failed": len(found_errors) - len(finite),
+                }
+            )
+    return rows
+
+
+SUITES: dict[str, Callable[[bool], Rows]] = {
+    "speed": speed,
+    "gradient_truth": gradient_truth,
+    "entropic_truth": entropic_truth,
+}
 
 
 def environment() -> dict[str, Any]:
@@ -218,11 +310,17 @@ def environment() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape and few seeds")
+    parser.add_argument("--add", action="store_true", help="keep the rows of the other suites in the file")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--suite", choices=sorted(SUITES), action="append", help="default: all")
     options = parser.parse_args()
     head = {"suite": "simplex_family", "quick": options.quick, "environment": environment()}
-    rows = [{"table": name, **row} for name in options.suite or SUITES for row in SUITES[name](options.quick)]
+    names = options.suite or list(SUITES)
+    rows = [{"table": name, **row} for name in names for row in SUITES[name](options.quick)]
+    if options.add:
+        kept = json.loads(options.out.read_text(encoding="utf-8"))
+        rows = [row for row in kept.pop("rows") if row["table"] not in names] + rows
+        head = {**kept, "added": {**kept.get("added", {}), **dict.fromkeys(names, head["environment"])}}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(dump(head, rows), encoding="utf-8")
     print(f"{len(rows)} rows in {options.out}")

@@ -151,6 +151,27 @@ def sudoku(result: Result) -> str:
     return f"{_markdown(lines, left=2)}\n\n{_provenance(result, 'benchmarks.sudoku')}"
 
 
+def gradient_truth(result: Result) -> str:
+    """One line a spread of the scores: the relative error of the gradient, the median and the largest of the draws."""
+    shown = (("gradient_truth", "ours: closed", "softmax"), ("entropic_truth", "ours", "entropic LP, 5 rows"))
+    found = {(r["table"], r["contender"], r["spread"]): r for r in result["rows"] if r["table"].endswith("_truth")}
+    columns = [(t, name, f"{what}: {label}") for t, own, what in shown for name, label in ((own, "ours"), _CVXPYLAYERS)]
+    lines = [["spread of the scores / τ", *(head for _, _, head in columns)]]
+    for spread in dict.fromkeys(spread for _, _, spread in found):
+        rows = [found.get((table, name, spread)) for table, name, _ in columns]
+        errors = ["" if r is None else f"{_power(r['median_error'])} / {_power(r['largest_error'])}" for r in rows]
+        lines.append([f"{spread:g}", *errors])
+    env = result.get("added", {}).get("entropic_truth", result["environment"])
+    versions = f"torch {env['torch']}, cvxpylayers {env['cvxpylayers']}, diffcp {env['diffcp']}"
+    return (
+        f"{_markdown(lines, left=0)}\n\nn = 10, eight draws a spread; {versions}, commit {env['commit']}, "
+        f"{env['date']}; float64. `python -m benchmarks.simplex_family` makes it."
+    )
+
+
+_CVXPYLAYERS = ("cvxpylayers", "cvxpylayers")
+
+
 def denoising(result: Result) -> str:
     """One line a model: its error on unseen signals."""
     lines = [["model", "mean squared error"], *([row["model"], str(row["test_mse"])] for row in result["rows"])]
@@ -196,6 +217,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "kernel": ("kernel", kernel),
     "memory": ("memory", memory),
     "simplex": ("simplex", simplex),
+    "gradient-truth": ("simplex_family", gradient_truth),
     "scaling": ("scaling", scaling),
     "bad-inputs": ("bad_inputs", bad_inputs),
     "hard-qps": ("maros", hard_qps),

@@ -327,10 +327,14 @@ def readable(*tensors: Tensor) -> bool:
     `torch.compile` and `torch.export` trace with tensors that have no values, `torch.func` wraps the values, and fake
     and meta tensors hold none. Checks of values are skipped then; those of shapes and dtypes are not.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (_level is not None and _level() is not None):
         return False
-    functorch = getattr(torch._C, "_functorch", None)
-    level = getattr(functorch, "maybe_current_level", None)  # private; without it, value checks stay on
-    if level is not None and level() is not None:
-        return False
-    return not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110  a loop costs half of `any`, and softmax waits for it
+        if tensor.is_meta or isinstance(tensor, FakeTensor):
+            return False
+    return True
+
+
+_level = getattr(
+    getattr(torch._C, "_functorch", None), "maybe_current_level", None
+)  # private; without it, checks stay on

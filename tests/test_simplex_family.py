@@ -4,6 +4,7 @@ import json
 
 import torch
 
+import implicit_layers as il
 from benchmarks import simplex_family as suite
 
 
@@ -42,9 +43,29 @@ def test_the_stored_results_keep_what_is_promised():
     tables = {name: [row for row in results["rows"] if row["table"] == name] for name in suite.SUITES}
     largest = {(r["contender"], r["spread"]): r["largest_error"] for r in tables["gradient_truth"]}
     assert max(v for (name, _), v in largest.items() if name == "ours: closed") < 1e-10
-    assert largest["cvxpylayers", 6] > 1.0  # its backward pass, where the forward pass is still right
+    entropic = {(r["contender"], r["spread"]): r["largest_error"] for r in tables["entropic_truth"]}
+    assert max(v for (name, _), v in entropic.items() if name == "ours") < 1e-10
+    assert (
+        entropic["cvxpylayers", 6] > 1.0 and largest["cvxpylayers", 6] > 1.0
+    )  # its backward pass, where the forward pass is still right
     times = {(r["layer"], r["n"], r["scale"], r["contender"]): r["total_ms"] for r in tables["speed"]}
     for (layer, n, scale, name), taken in times.items():
         if layer in ("sparsemax", "entmax 1.5") and name.startswith("entmax"):
             ours = times[layer, n, scale, "ours"]
             assert ours < taken and (name != "entmax: default" or 3 * ours < taken), (layer, n, scale, name)
+
+
+def test_the_gradient_of_an_entropic_program_against_sixty_digits_and_those_against_differences():
+    rows = suite.entropic_truth(quick=True)
+    ours = [row for row in rows if row["contender"] == "ours"]
+    assert [row["spread"] for row in ours] == list(suite.SPREADS[::2])
+    assert all(row["largest_error"] < 1e-10 for row in ours), ours
+    c, A, b, g = suite.entropic_program(2, 3, 10, 5, 0.5)
+
+    def loss(c):
+        return g @ il.entropic_lp(c, A=A, b=b, temperature=0.5, tol=1e-14).value
+
+    start = il.entropic_lp(c, A=A, b=b, temperature=0.5).value
+    exact = suite.exact_entropic_gradient(c, A, b, g, 0.5, start)
+    numerical = torch.stack([(loss(c + d) - loss(c - d)) / 2e-5 for d in 1e-5 * torch.eye(10, dtype=torch.float64)])
+    torch.testing.assert_close(exact, numerical, rtol=1e-6, atol=1e-8)

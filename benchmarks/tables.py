@@ -227,7 +227,6 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "vae-gradients": ("vae-gradients", vae_gradients),
     "vae-sequences-fixed": ("vae-sequences-fixed", vae_comparison),
     "vae-rho": ("vae-rho", vae_grid),
-    "vae-sequences": ("vae-sequences", vae_comparison),
     "vae-digits": ("vae-digits", vae_comparison),
     "vae-fashion-mnist": ("vae-fashion-mnist", vae_comparison),
 }

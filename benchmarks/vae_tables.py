@@ -29,7 +29,8 @@ def comparison(result: Result) -> list[list[str]]:
     lines = [[*head, "KL", "information", "active", "training, s", "graph, KiB"]]
     for method in [name for name in NAMES if any(row["method"] == name for row in rows)]:
         mine = [row for row in rows if row["method"] == method]
-        line = [NAMES[method]]
+        fewer = len(mine) < len({row["seed"] for row in rows})
+        line = [f"{NAMES[method]} ({len(mine)} seeds)" if fewer else NAMES[method]]
         for tested in ("plain", "refined", "trained"):
             line.append(_with_interval(result, method, mine, f"{score}_{tested}"))
         if exact and not fixed:
@@ -46,13 +47,12 @@ def caption(result: Result) -> str:
     """What was run, and how to run it again."""
     data, settings, rows = result["data"], result["settings"], result["rows"]
     seeds = len({row["seed"] for row in rows})
-    uneven = len({sum(row["method"] == name for row in rows) for name in {row["method"] for row in rows}}) > 1
     failed = max(row["failed_share"] for row in rows)
-    brackets = "In brackets: the mean difference from the VAE of the same seed and its 95 % interval. " * (seeds > 1)
-    few = "Not every method was run with every seed. " * (uneven and settings_rho(result) is None)
+    brackets = "In brackets: the mean difference from the VAE of the same seed and its 95 % interval. "
+    brackets *= seeds > 1 and settings_rho(result) is None
     return (
         f"{data['train']} training and {data['test']} test data, {settings['epochs']} epochs, {seeds} "
-        f"seed{'s' * (seeds > 1)}; nats a datum. {brackets}{few}At most {failed:.1%} of the inner problems failed. "
+        f"seed{'s' * (seeds > 1)}; nats a datum. {brackets}At most {failed:.1%} of the inner problems failed. "
         f"{_provenance(result)}"
     )
 
@@ -115,7 +115,7 @@ def grid(result: Result) -> list[list[str]]:
 
 
 def settings_rho(result: Result) -> list[float] | None:
-    """The weights of a grid; None where there is one."""
+    """The weights of a grid of anchors; None where there is no grid."""
     found = result["settings"]["rho"]
     return found if isinstance(found, list) and len(found) > 1 else None
 

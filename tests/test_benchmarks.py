@@ -146,8 +146,8 @@ def test_a_peer_that_tells_no_duals_is_certified_all_the_same(problem):
 
 def test_every_peer_has_a_row_whether_it_is_here_or_not(problem):
     rows = measure(problem, contenders(), QP_JUDGE, rounds=1)
-    layers = {"implicit_layers", "qpth", "cvxpylayers", "proxsuite", "moreau", "qpax", "unrolled ADMM"}
-    assert {row["contender"] for row in rows} == layers | {"osqp", "clarabel", "piqp"}
+    layers = {"implicit_layers", "ours in torch", "qpth", "cvxpylayers", "proxsuite", "moreau", "qpax", "unrolled ADMM"}
+    assert {row["contender"] for row in rows} == layers | {"osqp", "clarabel", "piqp", "proxqp"}
     for row in rows:
         assert row["status"] in ("ok", "not installed") or row["contender"] == "unrolled ADMM", row
         if row["status"] == "ok" and "gradient_error" in row:
@@ -357,7 +357,7 @@ def test_memory_grows_as_the_theory_says(monkeypatch):
 def test_an_unknown_suite_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["speed"])
-    assert "no suite speed; there are memory, qp, simplex, scaling" in capsys.readouterr().err
+    assert "no suite speed; there are memory, qp, kernel, simplex, scaling" in capsys.readouterr().err
 
 
 def test_the_scaling_suite_has_a_row_a_size_a_batch_and_a_number_of_threads(monkeypatch):

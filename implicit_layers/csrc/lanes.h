@@ -55,6 +55,13 @@ INLINE bool any(M mask) {
     return found != 0;
 }
 
+// As a float would keep it. With a cast lane by lane, GCC 12 leaves the rounding of two lanes out.
+template <int W>
+INLINE Number<W> rounded(Number<W> a) {
+    typedef float Short __attribute__((vector_size(W * 4)));
+    return __builtin_convertvector(__builtin_convertvector(a, Short), Number<W>);
+}
+
 // (count) numbers of each lane's program, one after the other in memory, to count vectors.
 template <int W, class T>
 void load(Number<W>* to, const T* const* from, long count, double factor = 1.0) {

@@ -516,10 +516,8 @@ class Group {
 
     // The residual of what is returned, not of what is rounded away.
     V rounded_residual(V residual) {
-        for (long i = 0; i < n; ++i)
-            for (int l = 0; l < W; ++l) z[i][l] = static_cast<T>(z[i][l]);
-        for (long i = 0; i < rows; ++i)
-            for (int l = 0; l < W; ++l) dual[i][l] = static_cast<T>(y[i][l]) / scale[i][l];
+        for (long i = 0; i < n; ++i) z[i] = rounded<W>(z[i]);
+        for (long i = 0; i < rows; ++i) dual[i] = rounded<W>(y[i]) / scale[i];
         take_image();
         const V result = worst(relative_residual(), residual);
         for (long i = 0; i < rows; ++i) y[i] = scale[i] * dual[i];

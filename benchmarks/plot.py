@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plot [--check]`: the README's tables and `figures/*.png`, both from `results/*.json` alone.
+"""`python -m benchmarks.plot [--check]`: the tables of the READMEs and `figures/*.png`, both from `results/*.json` alone.
 
 Each figure carries the fingerprint of the results that it was drawn from, so that `--check` and a test see an old one.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import vae_tables
-from benchmarks.tables import OURS, README, RESULTS, Result, rewritten, times_longer
+from benchmarks.tables import OURS, PAGES, RESULTS, Result, rewritten, times_longer
 
 FIGURES = Path(__file__).parent / "figures"
 COLOURS = {
@@ -151,16 +151,17 @@ def stale(results: Path = RESULTS, figures: Path = FIGURES) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    arguments.add_argument("--check", action="store_true", help="write nothing; fail where README or figures are old")
+    arguments.add_argument("--check", action="store_true", help="write nothing; fail where a page or figure is old")
     check = arguments.parse_args(argv).check
-    old = README.read_text(encoding="utf-8")
-    new = rewritten(old)
+    old = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    new = {page: rewritten(text) for page, text in old.items()}
     outdated = stale()
     if check:
         good = old == new and not outdated
-        print("README, figures and results agree" if good else "they differ: python -m benchmarks.plot")
+        print("pages, figures and results agree" if good else "they differ: python -m benchmarks.plot")
         return int(not good)
-    README.write_text(new, encoding="utf-8")
+    for page, text in new.items():
+        page.write_text(text, encoding="utf-8")
     for suite in outdated:
         print(draw(suite, RESULTS, FIGURES))
     return 0

@@ -1,4 +1,4 @@
-"""The README's tables, from `results/*.json`, between their markers; `python -m benchmarks.plot` writes them."""
+"""The tables of both pages, from `results/*.json`, between their markers; `python -m benchmarks.plot` writes them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from benchmarks import vae_tables
 from benchmarks.run import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
+PAGES = (README, Path(__file__).parent / "README.md")
 OURS = "implicit_layers"
 
 Result = dict[str, Any]
@@ -294,7 +295,7 @@ def pattern(name: str) -> re.Pattern[str]:
 
 
 def rewritten(readme: str, results: Path = RESULTS) -> str:
-    """The README with every table that has a result; the others are empty."""
+    """A page with each of its tables that has a result; the others are empty."""
     for name, (suite, render) in TABLES.items():
         path = results / f"{suite}.json"
         body = f"\n{render(json.loads(path.read_text(encoding='utf-8')))}\n\n" if path.exists() else ""

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.plot import DRAWN, draw, fingerprint, source, stale
 from benchmarks.suites import MODULES
-from benchmarks.tables import README, RESULTS, TABLES, pattern, rewritten, times_longer
+from benchmarks.tables import PAGES, RESULTS, TABLES, pattern, rewritten, times_longer
 
 ENVIRONMENT = {"device": "a processor", "threads": 2, "torch": "2.13.0", "commit": "0123abc", "date": "2026-01-31"}
 
@@ -47,10 +47,11 @@ def results(tmp_path):
 
 
 def test_readme_and_results_agree():
-    text = README.read_text(encoding="utf-8")
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
     for name in TABLES:
-        assert pattern(name).search(text), f"README.md has no markers for the table {name!r}"
-    assert rewritten(text) == text, "run python -m benchmarks.plot"
+        assert len(pattern(name).findall("".join(texts))) == 1, f"not one pair of markers for the table {name!r}"
+    for text in texts:
+        assert rewritten(text) == text, "run python -m benchmarks.plot"
 
 
 def test_committed_results_are_full_small_and_from_a_known_commit():

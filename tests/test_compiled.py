@@ -712,4 +712,4 @@ def test_a_solution_too_large_for_float32_is_refused_in_any_number_of_lanes(inst
     done = subprocess.run(
         [sys.executable, "-c", OVERFLOW], env=environment, capture_output=True, text=True, check=True, timeout=300
     )
-    assert done.stdout.split() == "1 0 inf 2 0 inf 3 0 inf 8 0 inf".split()
+    assert done.stdout.split() == ["1", "0", "inf", "2", "0", "inf", "3", "0", "inf", "8", "0", "inf"]

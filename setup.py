@@ -36,8 +36,15 @@ KERNEL = Extension(
     "implicit_layers._kernel",
     sources=[f"{SOURCES}/module.cpp"],
     depends=[f"{SOURCES}/{name}.h" for name in ("adjoint", "factor", "kernel", "lanes", "programs", "solve")],
-    extra_compile_args=["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-    + ["-Wno-psabi", "-pthread"],
+    extra_compile_args=[
+        "-O3",
+        "-std=c++17",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=fast",
+        "-Wno-psabi",
+        "-pthread",
+    ],
     extra_link_args=["-pthread"],
     language="c++",
     optional=True,

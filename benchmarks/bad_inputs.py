@@ -24,8 +24,8 @@ from torch import Tensor
 
 import implicit_layers
 from benchmarks.contenders import installed
+from benchmarks.run import RESULTS, save
 
-RESULTS = Path(__file__).parent / "results"
 SECONDS = 60.0  # for one input
 ATOL = 1e-4  # how near an answer must be; loose, to be fair to first-order solvers
 
@@ -131,11 +131,6 @@ LAYERS: dict[str, tuple[str, Callable[[Case], Tensor]]] = {
     "QPLayer": ("proxsuite", proxsuite),
     "cvxpylayers": ("cvxpylayers", cvxpylayers),
 }
-
-
-def version(package: str) -> str | None:
-    """The version that is installed, or None; ours may run from its folder."""
-    return implicit_layers.__version__ if package == "implicit_layers" else installed(package)
 
 
 # --- one input, one layer -------------------------------------------------------------------------------------------
@@ -260,14 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--quick", action="store_true", help="three inputs, ours and qpth only")
     arguments.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = arguments.parse_args(argv)
-    from benchmarks.run import dump, environment
-
     names = ["implicit_layers", "qpth"] if options.quick else list(LAYERS)
     every = cases()
     indices = [0, 3, 7] if options.quick else list(range(len(every)))
     rows: list[dict[str, Any]] = []
     for name in names:
-        found = version(LAYERS[name][0])
+        found = installed(LAYERS[name][0])
         if found is None:
             rows.append({"layer": name, "outcome": "not installed"})
             continue
@@ -275,10 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             {"layer": name, "version": found, "input": every[index].name, **row}
             for index, row in zip(indices, outcomes(name, indices), strict=True)
         ]
-    result = {"suite": "bad_inputs", "quick": options.quick, "environment": environment("cpu", 0), "rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"bad_inputs{'-quick' if options.quick else ''}.json"
-    path.write_text(dump(result), encoding="utf-8")
+    path = save(options.out, "bad_inputs", options.quick, rows)
     print(table(rows))
     print(path)
     return 0

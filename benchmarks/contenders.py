@@ -29,6 +29,7 @@ from benchmarks.measure import Contender, Judge, Reference, differentiated
 from benchmarks.problems import QP
 from implicit_layers.qp import solve_qp
 from implicit_layers.reference import exact_qp, program
+from implicit_layers.solvers.interior_point import InteriorPoint
 from implicit_layers.testing import kkt_certificate
 from implicit_layers.unrolled import unrolled_qp
 
@@ -44,7 +45,9 @@ class Answer(NamedTuple):
 
 
 def installed(package: str) -> str | None:
-    """The version of a package that is here, or None."""
+    """The version of a package that is here, or None; ours may run from its folder."""
+    if package == "implicit_layers":
+        return implicit_layers.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -250,6 +253,24 @@ def piqp(problem: QP) -> Answer:
     return _stacked(problem, found)
 
 
+def proxqp(problem: QP) -> Answer:
+    """The solver behind QPLayer, dense, eps = 1e-9."""
+    package = importlib.import_module("proxsuite").proxqp
+
+    found = []
+    for Q, p, A, b, G, h in _arrays(problem):
+        result = package.dense.solve(Q, p, A, b, G, np.full(len(h), -1e20), h, eps_abs=1e-9, eps_rel=0.0)
+        found.append((np.asarray(result.x), np.asarray(result.y), np.asarray(result.z)))
+    return _stacked(problem, found)
+
+
+def ours_in_torch(problem: QP) -> Answer:
+    """Without the compiled kernel."""
+    Q, p, A, b, G, h, _ = problem
+    answer = solve_qp(Q, p, A=A, b=b, G=G, h=h, solver=InteriorPoint(backend="torch"))
+    return Answer(answer.z, answer.nu, answer.lam)
+
+
 OURS = Contender("implicit_layers", implicit_layers.__version__, ours)
 
 
@@ -258,6 +279,7 @@ def contenders() -> list[Contender]:
     warnings.filterwarnings("ignore", module="cvxpy|diffcp|cvxpylayers|moreau")
     return [
         OURS,
+        Contender("ours in torch", implicit_layers.__version__, ours_in_torch),
         Contender("qpth", installed("qpth"), qpth),
         Contender("cvxpylayers", installed("cvxpylayers"), cvxpylayers, cpu_only=True),
         Contender("proxsuite", installed("proxsuite"), proxsuite, cpu_only=True),
@@ -267,6 +289,7 @@ def contenders() -> list[Contender]:
         Contender("osqp", installed("osqp"), osqp, gradient=False, cpu_only=True),
         Contender("clarabel", installed("clarabel"), clarabel, gradient=False, cpu_only=True),
         Contender("piqp", installed("piqp"), piqp, gradient=False, cpu_only=True),
+        Contender("proxqp", installed("proxsuite"), proxqp, gradient=False, cpu_only=True),
     ]
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import implicit_layers as il
+from benchmarks.run import RESULTS, save
 
-RESULTS = Path(__file__).parent / "results"
 LENGTH, NOISE, CORNER = 100, 10.0, 1e-3
 STRENGTHS = (14.0, 16.0, 18.0, 19.0, 20.0, 21.0, 22.0, 24.0)  # λ of plain total variation, to choose from
 
@@ -181,8 +181,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--steps", type=int, default=200)
     arguments.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = arguments.parse_args(argv)
-    from benchmarks.run import dump, environment
-
     length = 30 if options.quick else LENGTH
     count, test_count, steps, batch = (60, 20, 4, 10) if options.quick else (3000, 500, options.steps, 32)
     drawn = [signals(n, options.seed + k, length) for k, n in enumerate((count, test_count))]
@@ -203,11 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"{row['model']}: test error {row['test_mse']:.2f}, {row['test_mse'] / plain - 1:+.1%} of total variation"
         )
-    head = {"suite": "denoising", "quick": options.quick, "environment": environment("cpu", options.seed)}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"denoising{'-quick' if options.quick else ''}.json"
-    path.write_text(dump({**head, "length": length, "noise": NOISE, "rows": rows}), encoding="utf-8")
-    print(path)
+    print(save(options.out, "denoising", options.quick, rows, options.seed, length=length, noise=NOISE))
     return 0
 
 

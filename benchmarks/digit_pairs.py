@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import implicit_layers as il
-from benchmarks.run import RESULTS, dump, environment
+from benchmarks.run import RESULTS, save
 from implicit_layers.demonstration import digits
 
 K = 2
@@ -114,9 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for head in HEADS:
         right = [row["both right"] for row in found if row["head"] == head]
         print(f"{head:32} both right: {sum(right) / len(right):.3f}")
-    result = {"suite": "digit_pairs", "quick": options.quick, "environment": environment("cpu", 0), "rows": found}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"digit_pairs{'-quick' if options.quick else ''}.json").write_text(dump(result))
+    save(options.out, "digit_pairs", options.quick, found)
     return 0
 
 

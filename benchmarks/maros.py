@@ -22,8 +22,8 @@ import torch
 import implicit_layers as il
 from benchmarks.contenders import installed
 from benchmarks.hard_qps import INF, Answer, Array, Problem, problems, residual
+from benchmarks.run import RESULTS, save
 
-RESULTS = Path(__file__).parent / "results"
 LIMIT = 1e-6  # an answer with a larger residual is not right
 WRONG = 1e-3  # above that, nobody would call it solved
 ASKED = {"Clarabel": 1e-9, "PIQP": 1e-8, "ProxQP": 1e-10, "OSQP": 1e-9}
@@ -174,11 +174,6 @@ SOLVERS: dict[str, tuple[str, Callable[[Problem], Outcome]]] = {
 }
 
 
-def version(package: str) -> str | None:
-    """The version that is installed, or None; ours may run from its folder."""
-    return il.__version__ if package == "implicit_layers" else installed(package)
-
-
 def measure(data: Problem, solve: Callable[[Problem], Outcome]) -> dict[str, Any]:
     """One solve: what it says, what it is worth, how long it took."""
     start = time.perf_counter()
@@ -247,23 +242,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = arguments.parse_args(argv)
-    from benchmarks.run import dump, environment
-
     names = ["implicit_layers", "Clarabel"] if options.quick else list(SOLVERS)
     rows: list[dict[str, Any]] = []
     for name in names:
         package, solve = SOLVERS[name]
-        found = version(package)
+        found = installed(package)
         if found is None:
             rows.append({"solver": name, "outcome": "not installed"})
             continue
         for data in problems(1 if options.quick else options.each, options.seed):
             rows.append({"solver": name, "version": found, "problem": data.name, **measure(data, solve)})
     lines = summary(rows)
-    head = {"suite": "maros", "quick": options.quick, "environment": environment("cpu", options.seed)}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"maros{'-quick' if options.quick else ''}.json"
-    path.write_text(dump({**head, "summary": lines, "rows": rows}), encoding="utf-8")
+    path = save(options.out, "maros", options.quick, rows, options.seed, summary=lines)
     for row in rows:
         if row["outcome"] in WORDS[1:]:
             worth = f", residual {row['residual']:.1e}" if row.get("residual") is not None else ""

@@ -224,8 +224,34 @@ def cone_program(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> Q
     return QP(Q, p, A, matvec(A, z), G, matvec(G, z) + 0.1 + draw.uniform(n_ineq), draw.normal(n))
 
 
+def other_draws(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
+    """The family `dense` from another seed, so that nothing is tuned to one draw."""
+    return dense(n, n_ineq, n_eq, batch, seed + 77_000)
+
+
+def ill_conditioned(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
+    """`dense` with the eigenvalues of Q spread over 10⁶ and rows in units from 10⁻³ to 10³.
+
+    Q = V diag(10^−6k/(n−1)) Vᵀ, V orthogonal; rows of G, h, A, b times 10^U[−3, 3].
+    """
+    problem, draw = dense(n, n_ineq, n_eq, batch, seed), Draw(batch, seed + 1)
+    V = torch.linalg.qr(draw.normal(n, n))[0]
+    Q = V * torch.logspace(0, -6, n, dtype=torch.float64) @ V.mT
+    units = 10.0 ** (6 * draw.uniform(n_ineq + n_eq) - 3)
+    inequality, equality = units[:, :n_ineq], units[:, n_ineq:]
+    return problem._replace(
+        Q=0.5 * (Q + Q.mT),
+        A=equality.unsqueeze(-1) * problem.A,
+        b=equality * problem.b,
+        G=inequality.unsqueeze(-1) * problem.G,
+        h=inequality * problem.h,
+    )
+
+
 PROBLEMS = {
     "dense": dense,
+    "other draws": other_draws,
+    "ill-conditioned": ill_conditioned,
     "qpth linear": qpth_linear,
     "qpth test": qpth_test,
     "known solution": known_solution,

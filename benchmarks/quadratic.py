@@ -27,6 +27,13 @@ CASES = (
     ("dense", 100, 100, 50, 1),
     ("dense", 100, 100, 50, 128),
     ("dense", 20, 100, 0, 64),
+    ("dense", 50, 200, 0, 64),
+    ("dense", 10, 10, 0, 512),
+    ("dense", 20, 20, 5, 512),
+    ("dense", 50, 50, 10, 512),
+    ("dense", 100, 100, 50, 512),
+    ("other draws", 50, 50, 10, 128),
+    ("ill-conditioned", 50, 50, 10, 128),
     ("qpth linear", 10, 10, 0, 128),
     ("qpth linear", 50, 50, 0, 128),
     ("qpth test", 10, 5, 3, 64),
@@ -42,6 +49,8 @@ CASES = (
     ("known solution", 15, 10, 3, 64),
 )
 QUICK = (("dense", 10, 10, 0, 16), ("dense", 20, 20, 5, 16), ("known solution", 15, 10, 3, 8))
+LARGE = 512  # batch from which those that take seconds to minutes are left out
+SLOW = ("cvxpylayers", "qpax", "unrolled ADMM", "clarabel")
 RESIDENT = ("dense", 50, 50, 10, 128)
 
 
@@ -56,9 +65,10 @@ def suite(options: Options) -> Rows:
     for key in tqdm(QUICK if options.quick else CASES, desc="qp"):
         case = dict(zip(KEYS, key, strict=True))
         rounds = 3 if options.quick else 10
+        slow = SLOW if case["batch"] >= LARGE else ()
         measured = measure(
             drawn(case, options.seed),
-            contenders(),
+            [contender for contender in contenders() if contender.name not in slow],
             QP_JUDGE,
             rounds=rounds,
             device=options.device,
@@ -70,6 +80,7 @@ def suite(options: Options) -> Rows:
                 argument = {**case, "contender": row["contender"], "seed": options.seed}
                 row["resident_bytes"] = resident("benchmarks.quadratic:ready", argument)
         rows += [{**case, **row} for row in measured]
+        rows += [{**case, "contender": name, "version": None, "status": "not run"} for name in slow]
     return rows
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 PINNED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-NAMES = ("memory", "qp", "simplex", "scaling")
+NAMES = ("memory", "qp", "kernel", "simplex", "scaling")
 DTYPES = ("float64", "float32")
 
 
@@ -68,6 +68,15 @@ def environment(device: str, seed: int, dtype: str = DTYPES[0]) -> dict[str, Any
         "seed": seed,
         "dtype": dtype,
     }
+
+
+def save(folder: Path, suite: str, quick: bool, rows: list[dict[str, Any]], seed: int = 0, **more: Any) -> Path:
+    """Write the JSON file of a script that is a suite of its own: where the numbers come from, `more`, and the rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{suite}{'-quick' if quick else ''}.json"
+    head = {"suite": suite, "quick": quick, "environment": environment("cpu", seed), **more}
+    path.write_text(dump({**head, "rows": rows}), encoding="utf-8")
+    return path
 
 
 def _commit() -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import implicit_layers as il
-from benchmarks.run import RESULTS, dump, environment
+from benchmarks.run import RESULTS, save
 
 SEEDS = (0, 1, 2)
 STEPS, BATCH, CONTEXT = 600, 32, 64
@@ -156,9 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mine = [row for row in found if row["attention"] == attention]
         means = (statistics.mean(row[key] for row in mine) for key in ("bits a letter", "weights that are zero"))
         print("{:12} bits a letter {:.3f}, zero weights {:.2f}".format(attention, *means))
-    result = {"suite": "sparse_attention", "quick": options.quick, "environment": environment("cpu", 0), "rows": found}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"sparse_attention{'-quick' if options.quick else ''}.json").write_text(dump(result))
+    save(options.out, "sparse_attention", options.quick, found)
     return 0
 
 

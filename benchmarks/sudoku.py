@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import implicit_layers as il
+from benchmarks.run import RESULTS, save
 
-RESULTS = Path(__file__).parent / "results"
 CELLS, DIGITS = 16, 4
 ROWS, RANK = (
     64,
@@ -183,8 +183,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--batch", type=int, default=50)
     arguments.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = arguments.parse_args(argv)
-    from benchmarks.run import dump, environment
-
     count, test_count = (100, 20) if options.quick else (9000, 1000)
     training, test = data(count, test_count, options.seed)
     rows: list[dict[str, Any]] = []
@@ -197,11 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"mean squared error {row['test_mse']:.1e}, {row['seconds']:.0f} s",
             flush=True,
         )
-    head = {"suite": "sudoku", "quick": options.quick, "environment": environment("cpu", options.seed)}
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"sudoku{'-quick' if options.quick else ''}.json"
-    path.write_text(dump({**head, "rows": rows}), encoding="utf-8")
-    print(path)
+    print(save(options.out, "sudoku", options.quick, rows, options.seed))
     return 0
 
 

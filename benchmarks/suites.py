@@ -17,6 +17,7 @@ from types import ModuleType
 MODULES = {
     "memory": "benchmarks.memory",
     "qp": "benchmarks.quadratic",
+    "kernel": "benchmarks.kernel",
     "simplex": "benchmarks.simplex",
     "scaling": "benchmarks.scaling",
 }

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.run import RESULTS
+
 README = Path(__file__).parents[1] / "README.md"
 OURS = "implicit_layers"
 
@@ -56,7 +57,8 @@ def accuracy(result: Result) -> str:
     """One line a contender: answers that hold, residuals and gradient errors, median and worst."""
     groups: dict[str, list[Result]] = {}
     for row in result["rows"]:
-        groups.setdefault(row["contender"], []).append(row)
+        if row["status"] != "not run":
+            groups.setdefault(row["contender"], []).append(row)
     lines = [["contender", "version", "right answers", "residual, median", "worst", "gradient error, median", "worst"]]
     for name, rows in groups.items():
         right = [row for row in rows if row["status"] == "ok"]
@@ -68,6 +70,25 @@ def accuracy(result: Result) -> str:
     return (
         f"{_markdown(lines, left=2)}\n\nOver the answers that are right, to a residual of 1e-3. {_provenance(result)}"
     )
+
+
+def kernel(result: Result) -> str:
+    """One line a shape and batch: the kernel, and how many times longer the others take."""
+    cases: dict[tuple[str, int], dict[str, Result]] = {}
+    for row in result["rows"]:
+        cases.setdefault((f"{row['n']}, {row['n_ineq']}, {row['n_eq']}", row["batch"]), {})[row["way"]] = row
+    others = ("torch, float64", "kernel, one thread", "kernel, float32")
+    heads = ["n, n_ineq, n_eq", "batch", "kernel, ms, forward / total", *others, "over the floor"]
+    lines = [[*heads, "gradient error, float64", "float32"]]
+    for (shape, batch), ways in cases.items():
+        ours = ways["kernel, float64"]
+        against = [_against({**ways[way], "status": "ok"}, ours) for way in others]
+        errors = [_power(ways[way]["gradient_error"]) for way in ("kernel, float64", "kernel, float32")]
+        over = _ratio(ours["forward_ms"]["median"] / ours["floor_ms"])
+        lines.append([shape, str(batch), _times({**ours, "status": "ok"}), *against, over, *errors])
+    memory = f"Peak memory at batch 512, n = 100: {result.get('peak memory over data', '–')} times the data. "
+    words = "The floor: the same products and factorisations at the pace of a matrix product of 1024. "
+    return f"{_markdown(lines, left=1)}\n\nKernel: {result['kernel']}. {memory}{words}{_provenance(result)}"
 
 
 def memory(result: Result) -> str:
@@ -135,10 +156,25 @@ def denoising(result: Result) -> str:
     return f"{_markdown(lines, left=1)}\n\n{_provenance(result, 'benchmarks.denoising')}"
 
 
+def kernel_choice(result: Result) -> str:
+    """One line a kernel: its times, how many times longer than C++ it takes, and what it costs before it runs."""
+    measured = [row for row in result["rows"] if "ms" in row]
+    sizes = list(dict.fromkeys(row["n"] for row in measured))
+    lines = [["128 Cholesky factorisations, ms", *(f"n = {n}" for n in sizes), "error", "import, s", "compile, s"]]
+    for name, cost in result["costs"].items():
+        rows = {row["n"]: row for row in measured if row["kernel"] == name}
+        times = [f"{rows[n]['ms']:.3g} ({_ratio(rows[n]['times_longer'])})" for n in sizes]
+        error = max(row["error"] for row in rows.values())
+        lines.append([name, *times, _power(error), str(cost["import_s"]), str(cost["compile_s"])])
+    note = "In brackets: how many times longer than C++."
+    return f"{_markdown(lines, left=1)}\n\n{note} {_provenance(result, 'benchmarks.kernel_choice')}"
+
+
 # name of the table -> the suite that it shows, and how
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "qp": ("qp", qp),
     "qp-accuracy": ("qp", accuracy),
+    "kernel": ("kernel", kernel),
     "memory": ("memory", memory),
     "simplex": ("simplex", simplex),
     "scaling": ("scaling", scaling),
@@ -146,6 +182,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "hard-qps": ("maros", hard_qps),
     "sudoku": ("sudoku", sudoku),
     "denoising": ("denoising", denoising),
+    "kernel-choice": ("kernel_choice", kernel_choice),
 }
 
 

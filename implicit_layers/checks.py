@@ -6,12 +6,15 @@ Everything in a loop that makes the host wait for the device goes through `host_
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, DeviceError, DtypeError, NonFiniteError, ShapeError
+
+HALF = (torch.float16, torch.bfloat16)  # too coarse to compute in; what is given in them is computed in float32
 
 
 def host_bool(flag: Tensor) -> bool:
@@ -162,8 +165,7 @@ def without_autocast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     device = next((t.device.type for t in tensors.values() if isinstance(t, Tensor)), "cpu")
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
-    half = (torch.float16, torch.bfloat16)
-    return {name: t.float() if isinstance(t, Tensor) and t.dtype in half else t for name, t in tensors.items()}
+    return {name: t.float() if isinstance(t, Tensor) and t.dtype in HALF else t for name, t in tensors.items()}
 
 
 def finite(**tensors: Tensor) -> None:
@@ -196,7 +198,7 @@ def temperature(name: str, scores: Tensor, event_ndim: int, value: object) -> Te
         if not least <= number("temperature", value) < float("inf"):
             raise ArgumentError(f"temperature must be positive and finite (at least {least:.1e}), got {value}")
         return float(number("temperature", value))
-    if scores.dtype in (torch.float16, torch.bfloat16) and value.dtype == torch.float32:
+    if scores.dtype in HALF and value.dtype == torch.float32:
         floating_tensors(**{name: scores.float(), "temperature": value})
     else:
         floating_tensors(**{name: scores, "temperature": value})
@@ -237,6 +239,58 @@ def batch_shape(**arguments: tuple[Tensor, int]) -> torch.Size:
                 f"{tuple(common)}, those of the arguments before it"
             ) from None
     return common
+
+
+def axis_from_end(x: Tensor, dim: int, why: str) -> int:
+    """The axis `dim` counted from the end, so that broadcasting may add leading dimensions; a 0-d x has one entry.
+
+    Raises:
+        ArgumentTypeError, ShapeError: there is no such axis, or it is empty, and why it may not be.
+    """
+    integer("dim", dim)
+    ndim = max(x.ndim, 1)
+    if not -ndim <= dim < ndim:
+        raise ShapeError(f"dim must be in [{-ndim}, {ndim - 1}] for x of shape {tuple(x.shape)}, got {dim}")
+    axis = dim if dim < 0 else dim - ndim
+    if x.ndim and x.shape[axis] == 0:
+        raise ShapeError(f"x of shape {tuple(x.shape)} has no entries along dim={dim}; {why}")
+    return axis
+
+
+def paired(what: str, A: Tensor | None, b: Tensor | None, G: Tensor | None, h: Tensor | None) -> None:
+    """The rows of constraints come with their right-hand sides: A with b, and G with h.
+
+    Raises:
+        ShapeError: names the one that is missing.
+    """
+    for (matrix_name, matrix), (vector_name, vector) in ((("A", A), ("b", b)), (("G", G), ("h", h))):
+        if (matrix is None) != (vector is None):
+            given, missing = (matrix_name, vector_name) if vector is None else (vector_name, matrix_name)
+            raise ShapeError(f"{what}: {given} was given without {missing}; they come together")
+
+
+def constraint_rows(
+    tensors: Mapping[str, Tensor], like: Tensor, like_name: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, b, G and h of a program in the entries of the last axis of `like`; those not given have no rows.
+
+    Raises:
+        ShapeError: names the argument, what was expected and why.
+    """
+    n = like.shape[-1]
+    rows = []
+    for matrix_name, vector_name in (("A", "b"), ("G", "h")):
+        matrix, vector = tensors.get(matrix_name), tensors.get(vector_name)
+        if matrix is None or vector is None:
+            matrix, vector = like.new_zeros(0, n), like.new_zeros(0)
+        elif matrix.ndim < 2 or matrix.shape[-1] != n:
+            raise ShapeError(
+                f"{matrix_name} must have shape (*B, rows, {n}) to fit {like_name}, got {tuple(matrix.shape)}"
+            )
+        else:
+            trailing_shape(vector_name, vector, (matrix.shape[-2],), f"to fit the rows of {matrix_name}")
+        rows += [matrix, vector]
+    return rows[0], rows[1], rows[2], rows[3]
 
 
 def trailing_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:

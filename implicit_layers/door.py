@@ -30,7 +30,6 @@ from implicit_layers.transforms import full_precision
 
 Solver = Method | Callable[..., Any]
 
-_HALF = (torch.float16, torch.bfloat16)
 _NAMES = {"root": "residual", "fixed_point": "step", "argmin": "objective"}
 _functorch = torch._C._functorch
 
@@ -83,9 +82,9 @@ def enter(
         )
     dims = resolve_batch_dims(z0, batch_dims, z_name)
     structure, given = flatten(function, theta)
-    dtype = torch.float32 if z0.dtype in _HALF else z0.dtype
+    dtype = torch.float32 if z0.dtype in checks.HALF else z0.dtype
     start = z0.to(dtype)
-    leaves = [x.to(dtype) if x.dtype in _HALF else x for x in given]
+    leaves = [x.to(dtype) if x.dtype in checks.HALF else x for x in given]
     for i, x in enumerate(leaves):
         if x.device != z0.device and x.ndim > 0:
             raise DeviceError(

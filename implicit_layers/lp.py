@@ -23,7 +23,7 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, DtypeError, NonFiniteError, ShapeError
 from implicit_layers.opaque import opaque
-from implicit_layers.projections.door import HALF, enforce, finite, positive, rows
+from implicit_layers.projections.door import enforce, finite, positive, rows
 from implicit_layers.qp import solve_qp
 from implicit_layers.solution import OnFailure, Solution, SolveInfo
 from implicit_layers.solvers.interior_point import InteriorPoint
@@ -80,9 +80,9 @@ def smoothed_lp(
     enforce(positive("temperature", tau))
     lb, ub = (_bound(name, x, points.x) for name, x in (("lb", lb), ("ub", ub)))
     Q = torch.eye(c.shape[-1], dtype=points.x.dtype, device=c.device)
-    if c.dtype in HALF:
+    if c.dtype in checks.HALF:
         A, b, G, h, lb, ub = (
-            t.float() if isinstance(t, Tensor) and t.dtype in HALF else t for t in (A, b, G, h, lb, ub)
+            t.float() if isinstance(t, Tensor) and t.dtype in checks.HALF else t for t in (A, b, G, h, lb, ub)
         )
     solution = solve_qp(Q, -points.x / tau, A=A, b=b, G=G, h=h, lb=lb, ub=ub, solver=solver, on_failure=on_failure)
     return Solution(solution.z.to(c.dtype), SolveInfo(*solution.info[:4]))
@@ -184,9 +184,9 @@ def _scores(x: Tensor, sigma: Tensor | float, event_ndim: int) -> tuple[Tensor, 
     checks.floating_tensors(x=x)
     if x.ndim < event_ndim:
         raise ShapeError(f"x must have at least event_ndim={event_ndim} dimensions, got shape {tuple(x.shape)}")
-    work = x.float() if x.dtype in HALF else x
+    work = x.float() if x.dtype in checks.HALF else x
     if isinstance(sigma, Tensor):
-        spread = sigma.float() if sigma.dtype in HALF and x.dtype in HALF else sigma
+        spread = sigma.float() if sigma.dtype in checks.HALF and x.dtype in checks.HALF else sigma
         checks.floating_tensors(x=work, sigma=spread)
         if any(size != 1 for size in spread.shape[max(spread.ndim - event_ndim, 0) :]):
             raise ShapeError(
@@ -285,7 +285,7 @@ def spo_plus_loss(
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
         raise ShapeError(f"spo_plus_loss: the shapes do not broadcast: {shapes}") from None
     enforce(*(finite(name, tensor) for name, tensor in given.items()))
-    cost, actual, *known = (t.float() if t.dtype in HALF else t for t in tensors)
+    cost, actual, *known = (t.float() if t.dtype in checks.HALF else t for t in tensors)
 
     def decide(cost: Tensor, actual: Tensor, *known: Tensor) -> tuple[Tensor, ...]:
         cautious = _answer(solver, 2 * cost - actual)

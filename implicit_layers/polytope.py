@@ -124,10 +124,7 @@ def _at_the_door(
     temperature: Tensor | float,
 ) -> tuple[torch.dtype, int, bool, Tensor, Tensor, Tensor, Tensor]:
     """Check the arguments; in float64 and of one batch shape: θ = c/τ, E, f, u."""
-    for (matrix_name, matrix), (vector_name, vector) in ((("A", A), ("b", b)), (("G", G), ("h", h))):
-        if (matrix is None) != (vector is None):
-            given, missing = (matrix_name, vector_name) if vector is None else (vector_name, matrix_name)
-            raise ShapeError(f"entropic_lp: {given} was given without {missing}; they come together")
+    checks.paired("entropic_lp", A, b, G, h)
     optional = {"A": A, "b": b, "G": G, "h": h, "ub": ub if isinstance(ub, Tensor) else None}
     tensors = {"c": c} | {name: tensor for name, tensor in optional.items() if tensor is not None}
     tensors = checks.without_autocast(tensors)
@@ -139,22 +136,12 @@ def _at_the_door(
         raise ShapeError(f"c must have shape (*B, n) with n at least 1, got {tuple(c.shape)}")
     n = c.shape[-1]
     tau = checks.temperature("c", c, 1, temperature)
-    rows: list[Tensor] = []
-    for matrix_name, vector_name in (("A", "b"), ("G", "h")):
-        matrix, vector = tensors.get(matrix_name), tensors.get(vector_name)
-        if matrix is None or vector is None:
-            matrix, vector = c.new_zeros(0, n), c.new_zeros(0)
-        elif matrix.ndim < 2 or matrix.shape[-1] != n:
-            raise ShapeError(f"{matrix_name} must have shape (*B, rows, {n}) to fit c, got {tuple(matrix.shape)}")
-        else:
-            checks.trailing_shape(vector_name, vector, (matrix.shape[-2],), f"to fit the rows of {matrix_name}")
-        rows += [matrix.double(), vector.double()]
+    A, b, G, h = (rows.double() for rows in checks.constraint_rows(tensors, c, "c"))
     u = _bounds(c, ub)
     checked = checks.readable(*tensors.values(), u)
     if checked:
         checks.finite(**{name: tensor for name, tensor in tensors.items() if name != "ub"})
         _check_bounds(u)
-    A, b, G, h = rows
     scores = (c, 1) if not isinstance(tau, Tensor) or tau.ndim == 0 else (tau.expand(*tau.shape[:-1], n), 1)
     batch = checks.batch_shape(c=(c, 1), temperature=scores, A=(A, 2), b=(b, 1), G=(G, 2), h=(h, 1), ub=(u, 1))
     theta = c.double() / tau
@@ -164,7 +151,7 @@ def _at_the_door(
     f = torch.cat([b.expand(*both, b.shape[-1]), h.expand(*both, h.shape[-1])], dim=-1)
     expanded = (x.expand(*batch, *x.shape[x.ndim - k :]) for x, k in ((theta, 1), (E, 2), (f, 1), (u, 1)))
     theta, E, f, u = expanded
-    return dtype, rows[1].shape[-1], checked, theta, E, f, u
+    return dtype, b.shape[-1], checked, theta, E, f, u
 
 
 def _bounds(c: Tensor, ub: Tensor | float | None) -> Tensor:  # -> (*B, n)

@@ -24,7 +24,7 @@ from implicit_layers.errors import NonFiniteError, UnsupportedError
 from implicit_layers.jacobian import living, opaque, pullback, pushforward, recordable
 from implicit_layers.ledger import LIMIT, Ledger, fraction, scales, whole
 from implicit_layers.legacy_vmap import modernised
-from implicit_layers.transforms import forward_mode, full_precision, primals
+from implicit_layers.transforms import forward_mode, full_precision, map_to_front, primals
 
 Call = Callable[..., Tensor]  # the step f(z, *theta)
 
@@ -386,19 +386,13 @@ class _Sweep(torch.autograd.Function):
         """Every gradient has the mapped axis, so everything that has one does too."""
         program, count, g, *rest = inputs
         size, dims = info.batch_size, in_dims[3:]
-        g = _front(size, in_dims[2], g)
-        trail = [_front(size, d, x) for d, x in zip(dims[:count], rest[:count], strict=True)]
+        g, *trail = map_to_front(size, in_dims[2 : 3 + count], [g, *rest[:count]])
         z0, theta, own = _to_front(size, dims[count:], rest[count], rest[count + 1 :])
         for i, need in enumerate(program.needed[1:]):
             if need and own[i] is None:
-                theta[i], own[i] = _front(size, None, theta[i]), 0
+                theta[i], own[i] = theta[i].expand(size, *theta[i].shape), 0
         outputs = _Sweep.apply(program.mapped(own), count, g, *trail, z0, *theta)
         return outputs, (0,) * len(outputs)
-
-
-def _front(size: int, dim: int | None, x: Tensor) -> Tensor:
-    """The mapped dimension first; a tensor without one gets one that costs no memory."""
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def _to_front(
@@ -406,7 +400,7 @@ def _to_front(
 ) -> tuple[Tensor, list[Tensor], list[int | None]]:
     """z0 with the mapped dimension first; theta likewise where it has one, and which do."""
     moved = [x if d is None else x.movedim(d, 0) for d, x in zip(dims[1:], theta, strict=True)]
-    return _front(size, dims[0], z0), moved, [None if d is None else 0 for d in dims[1:]]
+    return map_to_front(size, dims[:1], [z0])[0], moved, [None if d is None else 0 for d in dims[1:]]
 
 
 def _push(

@@ -15,7 +15,6 @@ from implicit_layers.errors import ArgumentError, ArgumentTypeError, DeviceError
 
 Empty = Literal["raise", "uniform", "zeros"]
 EMPTY = get_args(Empty)
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Rows(NamedTuple):
@@ -35,14 +34,7 @@ def check_empty(empty: str) -> None:
 def axis_of(x: Tensor, dim: int) -> int:
     """The axis counted from the end, so that broadcasting may add leading dimensions; checks shape and dtype."""
     checks.floating_tensors(x=x)
-    checks.integer("dim", dim)
-    ndim = max(x.ndim, 1)
-    if not -ndim <= dim < ndim:
-        raise ShapeError(f"dim must be in [{-ndim}, {ndim - 1}] for x of shape {tuple(x.shape)}, got {dim}")
-    axis = dim if dim < 0 else dim - ndim
-    if x.ndim and x.shape[axis] == 0:
-        raise ShapeError(f"x of shape {tuple(x.shape)} has no entries along dim={dim}; the simplex needs at least one")
-    return axis
+    return checks.axis_from_end(x, dim, "the simplex needs at least one")
 
 
 def per_problem(name: str, value: Tensor | float, x: Tensor, axis: int) -> Tensor | float:
@@ -51,7 +43,7 @@ def per_problem(name: str, value: Tensor | float, x: Tensor, axis: int) -> Tenso
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ArgumentTypeError(f"{name} must be a number or a tensor, got {value!r}")
         return value
-    half = x.dtype in HALF and value.dtype == torch.float32
+    half = x.dtype in checks.HALF and value.dtype == torch.float32
     checks.floating_tensors(**{"x": x.float() if half else x, name: value})
     if value.ndim >= -axis and value.shape[axis] != 1:
         raise ShapeError(
@@ -59,13 +51,18 @@ def per_problem(name: str, value: Tensor | float, x: Tensor, axis: int) -> Tenso
             f"{value.shape[axis]} at dim {axis}); one {name} a problem needs size 1 there, e.g. "
             f"{name}.unsqueeze({axis})"
         )
+    _broadcast(name, value, x)
+    return value.float() if value.dtype in checks.HALF else value
+
+
+def _broadcast(name: str, value: Tensor, x: Tensor) -> None:
+    """Refuse a tensor that does not broadcast with the scores."""
     try:
         torch.broadcast_shapes(x.shape, value.shape)
     except RuntimeError:
         raise ShapeError(
             f"{name} of shape {tuple(value.shape)} does not broadcast with x of shape {tuple(x.shape)}"
         ) from None
-    return value.float() if value.dtype in HALF else value
 
 
 def temperature_of(x: Tensor, axis: int, temperature: Tensor | float) -> Tensor | float:
@@ -89,12 +86,7 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
         raise DtypeError(f"mask must be a boolean tensor, True where an entry may be chosen, got {got}")
     if mask.device != x.device:
         raise DeviceError(f"mask is on {mask.device} but x is on {x.device}; move it, e.g. mask.to(x.device)")
-    try:
-        torch.broadcast_shapes(x.shape, mask.shape)
-    except RuntimeError:
-        raise ShapeError(
-            f"mask of shape {tuple(mask.shape)} does not broadcast with x of shape {tuple(x.shape)}"
-        ) from None
+    _broadcast("mask", mask, x)
     return torch.where(mask, x, float("-inf"))
 
 
@@ -106,7 +98,7 @@ def rows(x: Tensor, axis: int, empty: Empty, tau: Tensor | float, *others: Tenso
     """
     settings = (tau, *others)
     shape = torch.broadcast_shapes(x.shape, *(s.shape for s in settings if isinstance(s, Tensor))) or (1,)
-    work = x.float() if x.dtype in HALF else x
+    work = x.float() if x.dtype in checks.HALF else x
     work = work.expand(shape).movedim(axis, -1)
     single = list(shape)
     single[axis] = 1
@@ -177,7 +169,7 @@ def refuse_scores(x: Tensor, axis: int, empty: Empty = "raise") -> None:
 
 def _tiny(dtype: torch.dtype) -> float:
     """The smallest normal number of the computation."""
-    return torch.finfo(torch.float32 if dtype in HALF else dtype).tiny
+    return torch.finfo(torch.float32 if dtype in checks.HALF else dtype).tiny
 
 
 def _bad_temperature(value: float, tiny: float, dtype: torch.dtype, where: str = "") -> str:

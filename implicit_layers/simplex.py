@@ -88,7 +88,7 @@ def softmax(
     axis = scores.axis_of(x, dim)
     tau = scores.temperature_of(x, axis, temperature)
     x = scores.masked(x, mask)
-    work = x.float() if x.dtype in scores.HALF else x
+    work = x.float() if x.dtype in checks.HALF else x
     if method == "closed" and empty == "raise" and not isinstance(tau, Tensor):
         y = _closed(work, axis, tau)
         # a NaN, +inf, or nothing but -inf among the scores makes all n entries NaN: to look at one of them is enough

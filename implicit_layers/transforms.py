@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ def signed(forward: Forward) -> Forward:
     """Keep the signature of a Function's `forward`, which PyTorch works out at every call otherwise."""
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     return forward
+
+
+def apply(function: type[torch.autograd.Function], *args: object, plain: bool) -> Any:
+    """function.apply(*args); where all tensors are plain ones, without the work for transforms, which costs as much."""
+    if plain and not torch._C._are_functorch_transforms_active():
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return function.apply(*args)
 
 
 def map_to_front(size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -43,7 +50,9 @@ def in_forward_mode() -> bool:
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Compute in the dtypes at hand, whatever autocast region the caller is in; "meta" tensors know no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def primals(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -17,11 +17,6 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-def spd(*shape: int, seed: int = 0) -> Tensor:
-    X = rand(*shape, shape[-1], seed=seed)
-    return X @ X.mT + torch.eye(shape[-1], dtype=F64)
-
-
 class Cell(nn.Module):
     def __init__(self, n: int, seed: int = 0) -> None:
         super().__init__()

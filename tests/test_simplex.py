@@ -15,6 +15,7 @@ from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 import implicit_layers as il
 from implicit_layers import checks
 from implicit_layers.errors import DtypeError, ImplicitLayersError, NonFiniteError, ShapeError
+from tests.planted import planted
 
 METHODS = ["closed", "newton", "kkt"]
 INF = math.inf
@@ -100,20 +101,11 @@ def test_gradcheck_and_gradgradcheck_in_scores_and_temperature(method, shape, di
 
 
 def test_gradcheck_sees_a_wrong_gradient():
-    class Planted(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            y = il.softmax(x)
-            ctx.save_for_backward(y)
-            return y
-
-        @staticmethod
-        def backward(ctx, g):
-            (y,) = ctx.saved_tensors
-            return y * g  # forgets − y yᵀ g: the gradient of the report's spurious branch
+    def wrong(y, g):
+        return y * g  # forgets − y yᵀ g: the gradient of the report's spurious branch
 
     with pytest.raises(GradcheckError):
-        torch.autograd.gradcheck(Planted.apply, draw(4).requires_grad_())
+        torch.autograd.gradcheck(planted(il.softmax, wrong), draw(4).requires_grad_())
 
 
 @every_method

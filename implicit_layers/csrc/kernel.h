@@ -12,9 +12,12 @@ namespace TARGET {
 #include "solve.h"
 #include "adjoint.h"
 
-Kernel kernel(const char* name) {
-    return {name, LANES, solve<LANES, double>, solve<LANES, float>, adjoint<LANES, double>, adjoint<LANES, float>};
+template <int W>
+constexpr Width width_of() {
+    return {W, solve<W, double>, solve<W, float>, adjoint<W, double>, adjoint<W, float>};
 }
+
+Kernel kernel(const char* name) { return {name, width_of<LANES>(), width_of<2>()}; }
 }  // namespace TARGET
 }  // namespace implicit_layers
 

@@ -40,6 +40,9 @@ INLINE V root(V a) {
 #if defined(__AVX__)
     if constexpr (width<V> == 4) return (V)_mm256_sqrt_pd((__m256d)a);
 #endif
+#if defined(__SSE2__)
+    if constexpr (width<V> == 2) return (V)_mm_sqrt_pd((__m128d)a);
+#endif
     V result;
     for (int l = 0; l < width<V>; ++l) result[l] = __builtin_sqrt(a[l]);
     return result;

@@ -23,6 +23,10 @@
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <dirent.h>
+#include <sched.h>
+#endif
 
 #include "programs.h"
 
@@ -74,6 +78,22 @@ static Kernel choose() {
 
 static const Kernel KERNEL = choose();
 
+// A new thread may run wherever the process may: OpenMP can have bound the thread that made it to one processor.
+static void spread_out() {
+#if defined(__linux__)
+    cpu_set_t allowed, one;
+    CPU_ZERO(&allowed);
+    DIR* threads = opendir("/proc/self/task");
+    if (!threads) return;
+    while (const dirent* entry = readdir(threads)) {
+        const int thread = std::atoi(entry->d_name);
+        if (thread > 0 && sched_getaffinity(thread, sizeof one, &one) == 0) CPU_OR(&allowed, &allowed, &one);
+    }
+    closedir(threads);
+    if (CPU_COUNT(&allowed)) sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
+}
+
 // Threads that wait for work. Programs are shared by groups of lanes, so an answer does not depend on who computed it.
 class Team {
    public:
@@ -119,6 +139,7 @@ class Team {
 
     void wait(int number, long seen) {
         Room room;
+        spread_out();
         while (true) {
             {
                 std::unique_lock<std::mutex> lock(mutex_);
@@ -145,9 +166,14 @@ class Team {
 };
 
 static Team* team = nullptr;
+static constexpr double ENOUGH_STEPS = 4e-6;
 
-static void work(Team* team, Work what, const void* task, long batch, int threads) {
-    team->work(what, task, (batch + KERNEL.lanes - 1) / KERNEL.lanes, threads < 1 ? 1 : threads);
+static void work(Team* team, Work what, const void* task, const Data& d, int threads) {
+    const long lanes = KERNEL.width(d.batch).lanes, groups = (d.batch + lanes - 1) / lanes;
+    const double n = double(d.n), m = double(d.n_ineq), rows = double(d.n_eq + d.n_ineq);
+    const double steps = n * n * n / 3 + n * n * rows + n * rows * rows + 2 * m * m * m + 20 * (n * n + n * rows + m * m);
+    const double worth = 1.0 + groups * steps * ENOUGH_STEPS;  // to wake a thread takes as long as some 10⁵ of these
+    team->work(what, task, groups, threads < 1 ? 1 : threads < worth ? threads : int(worth));
 }
 
 // Arguments come as one row of whole numbers: sizes, steps and addresses, in the order of the structures.
@@ -188,13 +214,13 @@ static void read_data(Numbers& in, Data& d) {
     d.step_b = in.number(), d.step_G = in.number(), d.step_h = in.number();
 }
 
-static bool finish(Work what, const void* task, long batch, int threads) {
+static bool finish(Work what, const void* task, const Data& data, int threads) {
     bool full = false;
     if (!team) team = new Team();  // by one Python thread; never deleted: its threads wait until the process ends
     Team* const ours = team;
     Py_BEGIN_ALLOW_THREADS;
     try {
-        work(ours, what, task, batch, threads);
+        work(ours, what, task, data, threads);
     } catch (const std::bad_alloc&) {
         full = true;
     }
@@ -219,7 +245,7 @@ static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     if (!in.fine()) return nullptr;
     const long batch = task.data.batch;
     for (long b = 0; b < batch; ++b) task.settled[b] = 0;
-    if (!finish(is_float ? KERNEL.solve_float : KERNEL.solve_double, &task, batch, threads)) return nullptr;
+    if (!finish(is_float ? KERNEL.width(batch).solve_float : KERNEL.width(batch).solve_double, &task, task.data, threads)) return nullptr;
     long settled = 0;
     for (long b = 0; b < batch; ++b) settled += task.settled[b];
     return PyLong_FromLong(settled);
@@ -247,11 +273,11 @@ static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count
     const long batch = task.data.batch;
     for (long b = 0; b < batch; ++b)
         if (degenerate[b] || !converged[b]) Py_RETURN_FALSE;
-    if (!finish(is_float ? KERNEL.adjoint_float : KERNEL.adjoint_double, &task, batch, threads)) return nullptr;
+    if (!finish(is_float ? KERNEL.width(batch).adjoint_float : KERNEL.width(batch).adjoint_double, &task, task.data, threads)) return nullptr;
     Py_RETURN_TRUE;
 }
 
-static PyObject* describe(PyObject*, PyObject*) { return Py_BuildValue("(si)", KERNEL.name, KERNEL.lanes); }
+static PyObject* describe(PyObject*, PyObject*) { return Py_BuildValue("(si)", KERNEL.name, KERNEL.wide.lanes); }
 
 static PyMethodDef METHODS[] = {
     {"solve", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(solve)), METH_FASTCALL, nullptr},

@@ -41,10 +41,16 @@ struct Adjoint {
 struct Room;
 typedef void (*Work)(const void* task, long group, Room& room);
 
-struct Kernel {
-    const char* name;
+// For so many programs side by side.
+struct Width {
     int lanes;
     Work solve_double, solve_float, adjoint_double, adjoint_float;
+};
+
+struct Kernel {
+    const char* name;
+    Width wide, narrow;  // a few programs only fill the narrow lanes, and take less of the cache there
+    const Width& width(long batch) const { return batch <= narrow.lanes ? narrow : wide; }
 };
 
 // A thread's memory, kept from call to call.

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from implicit_layers import checks
-from implicit_layers.errors import ArgumentTypeError
+from implicit_layers.nn.tempered import Tempered
 from implicit_layers.polytope import Slack, check_slack, entropic_lp
 from implicit_layers.solution import OnFailure, Solution, check_on_failure
 
 
-class EntropicLP(nn.Module):
+class EntropicLP(Tempered):
     r"""Scores to a point of a fixed polytope, c ↦ argmax_x ⟨c, x⟩ + τ H(x), MAXIMISED; see `entropic_lp`.
 
     Args:
@@ -36,7 +34,6 @@ class EntropicLP(nn.Module):
     G: Tensor | None
     h: Tensor | None
     ub: Tensor | None
-    log_temperature: nn.Parameter | None
 
     def __init__(
         self,
@@ -54,9 +51,6 @@ class EntropicLP(nn.Module):
         on_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
-        if isinstance(temperature, Tensor):
-            raise ArgumentTypeError("temperature must be a number; to learn it pass learn_temperature=True")
-        checks.positive("temperature", temperature)
         checks.stopping(tol, max_iter)
         check_slack(slack)
         check_on_failure(on_failure)
@@ -68,17 +62,10 @@ class EntropicLP(nn.Module):
                 self.register_parameter(name, value)
             else:
                 self.register_buffer(name, value)
-        start = nn.Parameter(torch.tensor(math.log(temperature), dtype=dtype)) if learn_temperature else None
-        self.register_parameter("log_temperature", start)
-        self._temperature = float(temperature)
+        self.start_at(temperature, learn_temperature, dtype)
         self.slack: Slack = slack
         self.tol, self.max_iter = tol, max_iter
         self.on_failure: OnFailure = on_failure
-
-    @property
-    def temperature(self) -> Tensor | float:
-        """τ: a number, or a 0-d tensor if it is learned."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
     def solve(self, c: Tensor) -> Solution:  # (*B, n)
         """The point that the scores choose, and how it was found."""
@@ -105,6 +92,4 @@ class EntropicLP(nn.Module):
         rows = (("n_eq", self.b), ("n_ineq", self.h))
         sizes = "".join(f"{name}={x.shape[-1]}, " for name, x in rows if x is not None)
         bounds = "" if self.ub is None else "ub, "
-        temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
-        learned = ", learn_temperature=True" if self.log_temperature is not None else ""
-        return f"{sizes}{bounds}temperature={temperature:g}{learned}, slack={self.slack!r}"
+        return f"{sizes}{bounds}{super().extra_repr()}, slack={self.slack!r}"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from implicit_layers import checks, softsort
+from implicit_layers import softsort
 from implicit_layers.errors import ArgumentTypeError
+from implicit_layers.nn.tempered import TemperedAxis
 
 
 class Projection(nn.Module):
@@ -23,6 +22,7 @@ class Projection(nn.Module):
 
     Raises:   ArgumentTypeError: `projection` is not callable.
 
+    >>> import torch
     >>> import implicit_layers as il
     >>> layer = Projection(il.projections.l2_ball, radius=nn.Parameter(torch.tensor(2.0)))
     >>> layer(torch.tensor([3.0, 4.0])).tolist()
@@ -56,33 +56,18 @@ class Projection(nn.Module):
         return ", ".join([name, *(f"{key}={value!r}" for key, value in self.settings.items()), *self._tensors])
 
 
-class _SoftOrder(nn.Module):
+class _SoftOrder(TemperedAxis):
     """What soft sorting and soft ranking have in common."""
-
-    log_temperature: nn.Parameter | None
 
     def __init__(
         self, dim: int = -1, temperature: float = 1.0, descending: bool = False, learn_temperature: bool = False
     ) -> None:
-        super().__init__()
-        checks.integer("dim", dim)
-        checks.positive("temperature", temperature)
-        self.dim, self.descending, self.learn_temperature = dim, descending, learn_temperature
-        self._temperature = float(temperature)
-        start = nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
-        self.register_parameter("log_temperature", start)
-
-    @property
-    def temperature(self) -> Tensor | float:
-        """τ: a number, or a 0-d tensor if it is learned."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+        super().__init__(dim, temperature, learn_temperature)
+        self.descending = descending
 
     def extra_repr(self) -> str:
         """The settings, as in the constructor."""
-        temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
-        descending = ", descending=True" if self.descending else ""
-        learned = ", learn_temperature=True" if self.learn_temperature else ""
-        return f"dim={self.dim}, temperature={temperature:g}{descending}{learned}"
+        return super().extra_repr() + (", descending=True" if self.descending else "")
 
 
 class SoftRank(_SoftOrder):
@@ -94,6 +79,7 @@ class SoftRank(_SoftOrder):
 
     Raises:   ValueError: τ is not positive and finite.
 
+    >>> import torch
     >>> SoftRank(temperature=0.5)(torch.tensor([2.9, 0.1, 1.2]))
     tensor([3., 1., 2.])
     """
@@ -106,12 +92,10 @@ class SoftRank(_SoftOrder):
 class SoftSort(_SoftOrder):
     r"""Soft sorting; see `implicit_layers.soft_sort`.
 
-    Args:
-        dim, temperature, descending: as there; `temperature` is the starting value if it is learned.
-        learn_temperature: make the temperature a parameter, stored as its logarithm `log_temperature`.
-
+    Args:     dim, temperature, descending, learn_temperature: as in `SoftRank`.
     Raises:   ValueError: τ is not positive and finite.
 
+    >>> import torch
     >>> SoftSort(temperature=0.5)(torch.tensor([2.9, 0.1, 1.2]))
     tensor([0.1000, 1.2000, 2.9000])
     """

@@ -8,44 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from implicit_layers import checks, simplex, top_k, tsallis
-from implicit_layers.errors import ArgumentError, ArgumentTypeError
+from implicit_layers.errors import ArgumentError
+from implicit_layers.nn.tempered import TemperedAxis
 
 
-class Tempered(nn.Module):
-    """What the modules of the family share: the axis of the scores, and a temperature that may be learned.
-
-    A learned temperature is stored as `log_temperature`, whose exponential is used, so that an optimiser can never
-    make it negative. It has the default dtype: `module.double()` for float64 scores; for float16 and bfloat16 scores
-    leave it in float32.
-    """
-
-    log_temperature: nn.Parameter | None
-
-    def __init__(self, dim: int, temperature: float, learn_temperature: bool) -> None:
-        super().__init__()
-        if isinstance(temperature, Tensor):
-            raise ArgumentTypeError("temperature must be a number; to learn it pass learn_temperature=True")
-        checks.positive("temperature", temperature)
-        checks.integer("dim", dim)
-        self.dim = dim
-        self.learn_temperature = learn_temperature
-        self._temperature = float(temperature)
-        start = nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
-        self.register_parameter("log_temperature", start)
-
-    @property
-    def temperature(self) -> Tensor | float:
-        """τ: a number, or a 0-d tensor if it is learned."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
-
-    def extra_repr(self) -> str:
-        """The settings, as in the constructor."""
-        temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
-        learned = ", learn_temperature=True" if self.learn_temperature else ""
-        return f"dim={self.dim}, temperature={temperature:g}{learned}"
-
-
-class Softmax(Tempered):
+class Softmax(TemperedAxis):
     r"""Softmax as an entropy-regularised linear program; see `implicit_layers.softmax`.
 
     Args:
@@ -80,7 +47,7 @@ class Softmax(Tempered):
         return super().extra_repr() + (f", method={self.method!r}" if self.method != "closed" else "")
 
 
-class Sparsemax(Tempered):
+class Sparsemax(TemperedAxis):
     """Projection on the probability simplex; see `implicit_layers.sparsemax`.
 
     Args:
@@ -101,7 +68,7 @@ class Sparsemax(Tempered):
         return tsallis.sparsemax(x, self.dim, temperature=self.temperature, mask=mask)
 
 
-class Entmax(Tempered):
+class Entmax(TemperedAxis):
     r"""Sparse choices between softmax (α = 1) and sparsemax (α = 2); see `implicit_layers.entmax`.
 
     Args:
@@ -150,7 +117,7 @@ class Entmax(Tempered):
         return f"alpha={float(torch.as_tensor(self.alpha).detach()):g}, {super().extra_repr()}{learned}"
 
 
-class SoftTopK(Tempered):
+class SoftTopK(TemperedAxis):
     """Choose k of n, softly; see `implicit_layers.soft_top_k`.
 
     Args:

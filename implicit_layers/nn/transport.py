@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from implicit_layers import checks
-from implicit_layers.errors import ArgumentTypeError, ShapeError
+from implicit_layers.errors import ShapeError
+from implicit_layers.nn.tempered import Tempered
 from implicit_layers.solution import OnFailure, Solution, check_on_failure
 from implicit_layers.transport import sinkhorn
 
 
-class Sinkhorn(nn.Module):
+class Sinkhorn(Tempered):
     r"""Costs to a transport plan, C ↦ argmin_P ⟨C, P⟩ − ε H(P): MINIMISED; see `implicit_layers.sinkhorn`.
 
     Args:
@@ -25,12 +23,11 @@ class Sinkhorn(nn.Module):
     Shape:  C (*B, n, m), and marginals a (*B, n), b (*B, m); without them 1/n and 1/m each -> (*B, n, m).
     Raises: as `sinkhorn`.
 
+    >>> import torch
     >>> Sinkhorn(temperature=0.5)(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     tensor([[0.4404, 0.0596],
             [0.0596, 0.4404]])
     """
-
-    log_temperature: nn.Parameter | None
 
     def __init__(
         self,
@@ -42,21 +39,11 @@ class Sinkhorn(nn.Module):
         on_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
-        if isinstance(temperature, Tensor):
-            raise ArgumentTypeError("temperature must be a number; to learn it pass learn_temperature=True")
-        checks.positive("temperature", temperature)
+        self.start_at(temperature, learn_temperature)
         checks.stopping(tol, max_iter)
         check_on_failure(on_failure)
-        start = nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
-        self.register_parameter("log_temperature", start)
-        self._temperature = float(temperature)
         self.tol, self.max_iter = tol, max_iter
         self.on_failure: OnFailure = on_failure
-
-    @property
-    def temperature(self) -> Tensor | float:
-        """ε: a number, or a 0-d tensor if it is learned."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
     def solve(self, C: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Solution:
         """The plan, and how it was found."""
@@ -78,8 +65,3 @@ class Sinkhorn(nn.Module):
     def forward(self, C: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """The transport plan."""
         return self.solve(C, a, b).value
-
-    def extra_repr(self) -> str:
-        """The settings, as in the constructor."""
-        temperature = self._temperature if self.log_temperature is None else float(self.log_temperature.detach().exp())
-        return f"temperature={temperature:g}" + (", learn_temperature=True" if self.log_temperature is not None else "")

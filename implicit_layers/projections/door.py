@@ -16,8 +16,6 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, ImplicitLayersError, NonFiniteError, ShapeError
 
-HALF = (torch.float16, torch.bfloat16)
-
 
 class Rows(NamedTuple):
     """Points along the last axis, and the way back to the caller's layout."""
@@ -39,7 +37,7 @@ class Rows(NamedTuple):
             if math.isnan(value):
                 raise NonFiniteError(f"{name} is nan")
             return torch.full((1,), value, dtype=self.x.dtype, device=self.x.device)
-        if value.dtype in HALF and self.dtype in HALF:
+        if value.dtype in checks.HALF and self.dtype in checks.HALF:
             value = value.float()
         checks.floating_tensors(x=self.x, **{name: value})
         short = -self.axis - value.ndim
@@ -72,15 +70,9 @@ def rows(x: Tensor, dim: int) -> Rows:
         DtypeError, ArgumentTypeError, ShapeError: no floating-point tensor, no such axis, or an empty one.
     """
     checks.floating_tensors(x=x)
-    checks.integer("dim", dim)
-    ndim = max(x.ndim, 1)
-    if not -ndim <= dim < ndim:
-        raise ShapeError(f"dim must be in [{-ndim}, {ndim - 1}] for x of shape {tuple(x.shape)}, got {dim}")
-    axis = dim if dim < 0 else dim - ndim
+    axis = checks.axis_from_end(x, dim, "a point needs at least one")
     points = x.movedim(axis, -1) if x.ndim else x.unsqueeze(0)
-    if points.shape[-1] == 0:
-        raise ShapeError(f"x of shape {tuple(x.shape)} has no entries along dim={dim}; a point needs at least one")
-    return Rows(points.float() if x.dtype in HALF else points, axis, x.ndim, x.dtype)
+    return Rows(points.float() if x.dtype in checks.HALF else points, axis, x.ndim, x.dtype)
 
 
 class Rule(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, ShapeError
-from implicit_layers.projections.door import HALF, Rows, Rule, enforce, finite, positive, rows
+from implicit_layers.projections.door import Rows, Rule, enforce, finite, positive, rows
 
 
 def box(x: Tensor, *, lb: Tensor | float | None = None, ub: Tensor | float | None = None) -> Tensor:  # (*) -> (*)
@@ -36,7 +36,7 @@ def box(x: Tensor, *, lb: Tensor | float | None = None, ub: Tensor | float | Non
     if lb is None and ub is None:
         raise ArgumentError("box: give lb, ub or both; without bounds there is nothing to project onto")
     checks.floating_tensors(x=x)
-    work = x.float() if x.dtype in HALF else x
+    work = x.float() if x.dtype in checks.HALF else x
     lower = _bound("lb", lb, x, work, -torch.inf)
     upper = _bound("ub", ub, x, work, torch.inf)
     try:
@@ -55,7 +55,7 @@ def box(x: Tensor, *, lb: Tensor | float | None = None, ub: Tensor | float | Non
 def _bound(name: str, value: Tensor | float | None, x: Tensor, work: Tensor, absent: float) -> Tensor:
     """A bound as a tensor in the dtype of the computation."""
     if isinstance(value, Tensor):
-        value = value.float() if value.dtype in HALF and x.dtype in HALF else value
+        value = value.float() if value.dtype in checks.HALF and x.dtype in checks.HALF else value
         checks.floating_tensors(x=work, **{name: value})
         return value
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):

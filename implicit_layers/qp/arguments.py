@@ -51,17 +51,14 @@ def at_the_door(
     *,
     read: bool,
     later: bool,
-) -> tuple[Program, bool]:
+) -> tuple[Program, bool, bool]:
     """Check the arguments, their values too where they may and can be read, and bring all to one form.
 
     `later`: values may be left to `run`, where the compiled kernel looks at them anyway.
 
-    Returns: the program, and whether the values were looked at.
+    Returns: the program, whether the values were looked at, and whether that was left because all tensors are plain.
     """
-    for (matrix_name, matrix), (vector_name, vector) in ((("A", A), ("b", b)), (("G", G), ("h", h))):
-        if (matrix is None) != (vector is None):
-            given, missing = (matrix_name, vector_name) if vector is None else (vector_name, matrix_name)
-            raise ShapeError(f"solve_qp: {given} was given without {missing}; they come together")
+    checks.paired("solve_qp", A, b, G, h)
     optional = {"A": A, "b": b, "G": G, "h": h, "lb": lb, "ub": ub}
     tensors = {"Q": Q, "p": p} | {name: tensor for name, tensor in optional.items() if tensor is not None}
     tensors = checks.without_autocast(tensors)
@@ -79,17 +76,7 @@ def at_the_door(
     for name in ("p", "lb", "ub"):
         if name in tensors:
             checks.trailing_shape(name, tensors[name], (n,), f"to fit Q with n = {n}")
-    rows = []
-    for matrix_name, vector_name in (("A", "b"), ("G", "h")):
-        matrix, vector = tensors.get(matrix_name), tensors.get(vector_name)
-        if matrix is None or vector is None:
-            matrix, vector = p.new_zeros(0, n), p.new_zeros(0)
-        elif matrix.ndim < 2 or matrix.shape[-1] != n:
-            raise ShapeError(f"{matrix_name} must have shape (*B, rows, {n}) to fit Q, got {tuple(matrix.shape)}")
-        else:
-            checks.trailing_shape(vector_name, vector, (matrix.shape[-2],), f"to fit the rows of {matrix_name}")
-        rows += [matrix, vector]
-    A, b, G, h = rows
+    A, b, G, h = checks.constraint_rows(tensors, p, "Q")
     bounds = {name: (tensors[name], 1) for name in ("lb", "ub") if name in tensors}
     batch = checks.batch_shape(Q=(Q, 2), p=(p, 1), A=(A, 2), b=(b, 1), G=(G, 2), h=(h, 1), **bounds)
     later = later and compiled.fits(Q, A, G) and checks.plain(*tensors.values())
@@ -98,7 +85,7 @@ def at_the_door(
         refuse_values(tensors)
     arguments = (Q, p, A, b, G, h, tensors.get("lb"), tensors.get("ub"))
     forms = (None if t is None else uniform(t, k, batch) for t, k in zip(arguments, EVENT_NDIM, strict=True))
-    return Program(*forms), checked  # type: ignore[arg-type]
+    return Program(*forms), checked, later  # type: ignore[arg-type]
 
 
 def uniform(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:

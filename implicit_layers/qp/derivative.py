@@ -218,7 +218,7 @@ class _QP(_ReverseQP):
 def differentiable(settings: Settings, program: Program) -> Outcome:
     """Solve a batch of programs, differentiably."""
     function = _ReverseQP if torch.compiler.is_compiling() else _QP
-    return Outcome.of(settings.gradient, function.apply(settings, *program))
+    return Outcome.of(settings.gradient, transforms.apply(function, settings, *program, plain=settings.plain))
 
 
 def _solved_by_the_kernel(

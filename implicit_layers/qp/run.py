@@ -51,6 +51,7 @@ class Settings(NamedTuple):
     smoothing: float = 0.0
     checked: bool = False  # whether the values of the arguments are known to be fit
     begin: ActiveSet | None = None  # what to try first
+    plain: bool = False  # whether all data are known to be ordinary tensors
     elastic: bool = False  # whether rows may be off by their duals, at the price ½|Az − b|² + ½|max(Gz − h, 0)|²
 
     @property

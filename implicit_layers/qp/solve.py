@@ -102,13 +102,15 @@ def solve_qp(
     if not isinstance(solver, InteriorPoint):
         raise ArgumentTypeError(f"solve_qp: solver must be an InteriorPoint, got {type(solver).__name__}")
     read = solver.check_every > 0
-    program, checked = at_the_door(Q, p, A, b, G, h, lb, ub, read=read, later=read and solver.backend != "torch")
+    later = read and solver.backend != "torch"
+    program, checked, plain = at_the_door(Q, p, A, b, G, h, lb, ub, read=read, later=later)
     begin = None if warm_start is None else _active_set(warm_start, program, solver)
-    settings = Settings(solver, on_failure, gradient, smoothing if gradient == "smoothed" else 0.0, checked, begin)
+    smoothing = smoothing if gradient == "smoothed" else 0.0
+    settings = Settings(solver, on_failure, gradient, smoothing, checked, begin, plain)
     # the compiler traces the derivative but for vmap and forward mode, whose rules it cannot take
     traced = torch.compiler.is_compiling() and gradient != "smoothed" and not transforms_at_work() & {"Vmap", "Jvp"}
     if traced and infeasible != "nearest":
-        return _solution(differentiable(settings, program), program, None)
+        return _solution(differentiable(settings, program), program, None, plain=settings.plain)
     try:
         return _solve_nearest(settings, program) if infeasible == "nearest" else _solve_eagerly(settings, program)
     except NonFiniteError:  # where an index is one of the caller's own tensor
@@ -135,7 +137,7 @@ def check_choices(on_failure: str, gradient: str, smoothing: float, infeasible: 
 @uncompiled
 def _solve_eagerly(settings: Settings, program: Program) -> QPSolution:
     """Solve; the compiler leaves this whole, instead of tracing its way to the first question of data."""
-    return _solution(differentiable(settings, program), program, None)
+    return _solution(differentiable(settings, program), program, None, plain=settings.plain)
 
 
 @uncompiled
@@ -149,7 +151,7 @@ def _solve_nearest(settings: Settings, program: Program) -> QPSolution:
         first = differentiable(settings._replace(on_failure="ignore", gradient="least_norm"), _detached(program))
     impossible = first.status == int(Status.INFEASIBLE)
     if "Vmap" not in transforms_at_work() and not checks.host_bool(impossible.any()):  # under vmap nobody may ask
-        return _solution(differentiable(settings, program), program, None)
+        return _solution(differentiable(settings, program), program, None, plain=settings.plain)
     elastic = settings._replace(on_failure="ignore", gradient="least_norm", elastic=True)
     nearest = differentiable(elastic, program._replace(Q=torch.zeros_like(program.Q), p=torch.zeros_like(program.p)))
     where = impossible.unsqueeze(-1)
@@ -157,7 +159,8 @@ def _solve_nearest(settings: Settings, program: Program) -> QPSolution:
     moved = program._replace(b=program.b + shift.b, h=program.h + shift.h)
     outcome = differentiable(settings, moved)
     good = outcome.converged.unsqueeze(-1)
-    return _solution(outcome, moved, QPShift(*(torch.where(good, part, part.detach()) for part in shift)))
+    shift = QPShift(*(torch.where(good, part, part.detach()) for part in shift))
+    return _solution(outcome, moved, shift, plain=False)
 
 
 def _active_set(solution: QPSolution, program: Program, solver: InteriorPoint) -> ActiveSet | None:
@@ -185,12 +188,12 @@ def _detached(program: Program) -> Program:
     return Program(*(None if t is None else t.detach() for t in program))  # type: ignore[arg-type]
 
 
-def _solution(outcome: Outcome, program: Program, shift: QPShift | None) -> QPSolution:
+def _solution(outcome: Outcome, program: Program, shift: QPShift | None, *, plain: bool) -> QPSolution:
     """Put together what the caller gets."""
     z, nu, lam, bound = outcome[:4]
     if shift is None:
         shift = QPShift(torch.zeros_like(nu), torch.zeros_like(lam))
-    value = optimal_value(outcome, program)
+    value = optimal_value(outcome, program, plain=plain)
     if not bound.shape[-1] and _all_good(outcome):
         none = torch.zeros_like(z.detach())
         s = program.h - quadratic.matvec(program.G, z)

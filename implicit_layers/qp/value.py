@@ -15,7 +15,7 @@ from implicit_layers.qp.derivative import map_to_front, outer_sum
 from implicit_layers.qp.run import Outcome
 
 
-def optimal_value(outcome: Outcome, program: Program) -> Tensor:  # (*B,)
+def optimal_value(outcome: Outcome, program: Program, *, plain: bool) -> Tensor:  # (*B,)
     r"""½ zᵀQz + pᵀz at the solution.
 
     Its gradient is that of the Lagrangian with z and the duals held: ∂Q = ½ zzᵀ, ∂p = z, ∂A = ν zᵀ, ∂b = −ν, ∂G = λ zᵀ,
@@ -26,7 +26,8 @@ def optimal_value(outcome: Outcome, program: Program) -> Tensor:  # (*B,)
         z = torch.where(good.unsqueeze(-1), outcome.z, outcome.z.detach())
         whole = _value(z, program.Q, program.p)
         return torch.where(good, whole, whole.detach())
-    value: Tensor = _Value.apply(good, outcome.z, outcome.nu, outcome.lam, outcome.bound, *program)
+    arguments = (good, outcome.z, outcome.nu, outcome.lam, outcome.bound, *program)
+    value: Tensor = transforms.apply(_Value, *arguments, plain=plain)
     return value
 
 

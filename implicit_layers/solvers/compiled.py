@@ -3,14 +3,14 @@
 Its steps are those of `dual_path` and `active_set`, for the whole of a program at a time, in the cache, one program in
 each lane of the processor's registers, the programs of a batch shared by threads. It settles what those steps settle
 and leaves all others to the general solvers. It is there when the package was built with a C++ compiler. The
-environment variable IMPLICIT_LAYERS_KERNEL, read when the package is imported, takes a lesser one: "avx2", "basic" or
-"none".
+environment variable IMPLICIT_LAYERS_KERNEL, read at import, takes a lesser one: "avx2", "basic" or "none".
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -68,6 +68,13 @@ def required() -> None:
         )
 
 
+@cache
+def _threads_are_bound() -> None:
+    """Where OpenMP binds threads, let it make its own first: the kernel's may run wherever one of the process may."""
+    if os.environ.get("OMP_PROC_BIND", "false").lower() != "false":
+        torch.ones(2**16).add_(1.0)
+
+
 def fits(Q: Tensor, A: Tensor, G: Tensor) -> bool:
     """Tell whether the kernel is there and made for programs of that kind."""
     n, rows = Q.shape[-1], A.shape[-2] + G.shape[-2]
@@ -99,6 +106,7 @@ def solve(
     iterations = torch.empty(batch, dtype=torch.int64)
     weak, done = torch.empty(batch, dtype=torch.int8), torch.empty(batch, dtype=torch.bool)
     start = None if start is None else start.contiguous()
+    _threads_are_bound()
     settled = _kernel.solve(
         Q.dtype == torch.float32,
         torch.get_num_threads(),

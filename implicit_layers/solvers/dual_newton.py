@@ -26,11 +26,11 @@ from implicit_layers import checks
 from implicit_layers.kkt.quadratic import matvec, transposed_matvec
 from implicit_layers.kkt.schur import factorise, gram
 from implicit_layers.solution import Status
+from implicit_layers.solvers.homotopy import LONGER, choose, shortened
 
 _NEAR = 0.3  # relative residual from which on the path is followed
 _CLOSE = 0.1  # and the Newton decrement, relative to the curvature
 _STRAY, _STRAY_SMOOTH = 0.6, 0.1  # the most that a step along the path may leave; sigmoids hide much of it
-_LONGER, _SHORTER = 4.0, 0.3  # how the step along the path grows and shrinks
 _DAMPING = 1e-2  # curvature lent to entries at their bounds, relative to the residual and to that without bounds
 _SMALL = 1e-3  # residual from which on a smaller one is progress, whatever rounding makes of the objective
 _TRIALS = 40  # of the line search
@@ -217,16 +217,15 @@ class DualNewton:
                 stop = waiting & good & (~fine | (error > 0.25 * rho))
                 pick = take.unsqueeze(-1)
                 eta, gamma = torch.where(pick, moved, eta), torch.where(pick, further, gamma)
-                reach = torch.where(pick & (ahead > 0), _LONGER * ahead, reach)
-                point = Point(*(_choose(take, new, old) for new, old in zip(there, point, strict=True)))
+                reach = torch.where(pick & (ahead > 0), LONGER * ahead, reach)
+                point = Point(*(choose(take, new, old) for new, old in zip(there, point, strict=True)))
                 rho = torch.where(take, error, rho)
                 done = done | stop
                 waiting = waiting & ~fine & ~done
                 if not checks.host_bool(waiting.any()):
                     break
                 shrinking = ahead > 0
-                length = torch.where(shrinking, length, 0.5 * length)
-                ahead = torch.where(_SHORTER * ahead < 1e-3 * (1 - gamma) * (trial > 5), 0.0, _SHORTER * ahead)
+                length, ahead = shortened(length, ahead, gamma, trial)
                 reach = torch.where(waiting.unsqueeze(-1) & shrinking, torch.maximum(ahead, shortest), reach)
             jammed = length < 0.2
             damping = torch.where(jammed, (10 * damping).clamp(min=1e-3), 0.1 * damping)
@@ -259,8 +258,3 @@ def _dependent(E: Tensor, held: Tensor, null: Tensor) -> Tensor:  # (N or 1, m, 
 def _positive(x: Tensor) -> Tensor:
     """x, or one where it is zero."""
     return torch.where(x > 0, x, 1.0)
-
-
-def _choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Take the new rows where the mask is true."""
-    return torch.where(mask.reshape(-1, *[1] * (new.ndim - 1)), new, old)

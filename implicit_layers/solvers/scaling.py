@@ -23,13 +23,13 @@ from implicit_layers import checks
 from implicit_layers.kkt import balance
 from implicit_layers.kkt.quadratic import matvec, transposed_matvec
 from implicit_layers.solution import Status
+from implicit_layers.solvers.homotopy import LONGER, choose, shortened
 
 _AIM = 1e-2  # of the tolerance: scaling goes on to this while it converges, for the sake of the gradient
 _ROUND = 10  # scaling iterations between two looks at the error
 _WIDE = 1e100  # the largest scaling before the kernel is made again
 _NEWTON_FIXED, _NEWTON_SIZE = 35.0, 7.0  # a Newton step costs as much as 35 + (the smaller side)/7 iterations; measured
 _NEAR, _STRAY = 0.3, 0.6  # relative errors between which the path is followed
-_LONGER, _SHORTER = 4.0, 0.3  # how the step along the path grows and shrinks
 _STEP = 20.0  # the largest change of a potential in one step: parts of a plan that hardly touch ask for any change
 _TRIALS = 30
 _IDLE = 20  # Newton steps without any gain after which rounding is all that is left
@@ -72,7 +72,7 @@ def _plan(L: Tensor, a: Tensor, b: Tensor, psi: Tensor) -> _Plan:
 
 def _taken(mask: Tensor, new: _Plan, old: _Plan) -> _Plan:
     """The new plans where the mask is true."""
-    return _Plan(*(torch.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, y) for x, y in zip(new, old, strict=True)))
+    return _Plan(*(choose(mask, x, y) for x, y in zip(new, old, strict=True)))
 
 
 def _error(plan: _Plan, a: Tensor, b: Tensor) -> Tensor:  # (N,)
@@ -242,7 +242,7 @@ class Scaling:
                 pick = take.unsqueeze(-1)
                 stop = waiting & good & (~fine | (new_error > 0.25 * error))
                 psi, gamma = torch.where(pick, moved, psi), torch.where(pick, further, gamma)
-                reach = torch.where(pick & (ahead > 0), _LONGER * ahead, reach)
+                reach = torch.where(pick & (ahead > 0), LONGER * ahead, reach)
                 plan = _taken(take, there, plan)
                 rho, error = torch.where(take, new_rho, rho), torch.where(take, new_error, error)
                 done = done | stop
@@ -250,8 +250,7 @@ class Scaling:
                 if not checks.host_bool(waiting.any()):
                     break
                 shrinking = ahead > 0
-                length = torch.where(shrinking, length, 0.5 * length)
-                ahead = torch.where(_SHORTER * ahead < 1e-3 * (1 - gamma) * (trial > 5), 0.0, _SHORTER * ahead)
+                length, ahead = shortened(length, ahead, gamma, trial)
                 reach = torch.where(waiting.unsqueeze(-1) & shrinking, ahead.clamp(min=1e-6), reach)
             if forbidden:
                 none = none | (~done & (_contradicted(open_, a, b, newton) | _contradicted(open_, a, b, psi)))

@@ -23,6 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from implicit_layers.kkt.quadratic import matvec
+
 
 def implicit(H: Tensor) -> tuple[Tensor, Tensor]:  # (*B, n, n) -> T (*B, n, n), positive definite (*B,)
     """−H⁻¹ where H is positive definite and 0 elsewhere, which drops the implicit term there."""
@@ -49,12 +51,7 @@ def attach(y: Tensor, y0: Tensor, g: Tensor | None, S: Tensor | None, T: Tensor 
     """The value y with the derivatives S in y0 and T in g; None for zero."""
     y = y.detach()
     if S is not None:
-        y = y + _applied(S.detach(), y0 - y0.detach())
+        y = y + matvec(S.detach(), y0 - y0.detach())
     if g is not None and T is not None:
-        y = y + _applied(T.detach(), g - g.detach())
+        y = y + matvec(T.detach(), g - g.detach())
     return y
-
-
-def _applied(matrix: Tensor, v: Tensor) -> Tensor:  # (*B, n, n), (*B, n) -> (*B, n)
-    """A product for each datum."""
-    return (matrix @ v.unsqueeze(-1)).squeeze(-1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks
+from implicit_layers.kkt.quadratic import matvec
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -172,7 +173,7 @@ class FullGaussian(GaussianFamily):
 
     def spread(self, lam: Tensor, eps: Tensor) -> Tensor:
         """L ε."""
-        return (self.factor(lam) @ eps.unsqueeze(-1)).squeeze(-1)
+        return matvec(self.factor(lam), eps)
 
     def whiten(self, lam: Tensor, deviation: Tensor) -> Tensor:
         """L⁻¹ (z − m)."""

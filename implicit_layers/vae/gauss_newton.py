@@ -97,13 +97,10 @@ def curvature(
 
     def rest(v: Tensor) -> Tensor:
         lam = problem.lam(family, v, lam0)
-        energy = beta * family.kl_prior(lam)
-        return energy if problem.anchor.kind == "none" else energy + rho * problem.anchor.distance(family, lam, lam0)
+        return problem.tied(beta * family.kl_prior(lam), family, lam, lam0, rho)
 
     def output(v: Tensor) -> Tensor:  # (*B, n) -> (S, *B, *E)
-        z = family.sample(problem.lam(family, v, lam0), eps)
-        flat = model.decoder(z.reshape(-1, z.shape[-1]))
-        return flat.reshape(*z.shape[:-1], *flat.shape[1:])
+        return model.decode(family.sample(problem.lam(family, v, lam0), eps))
 
     def along(unit: Tensor) -> Tensor:
         return torch.func.jvp(output, (y,), (unit.expand_as(y),))[1]

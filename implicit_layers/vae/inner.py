@@ -74,10 +74,13 @@ class InnerProblem:
         lam = self.lam(model.family, y, lam0)
         if self.energy == "potential":
             return beta * model.family.kl_prior(lam) - expected_potential(model.family, lam, lam0)
-        energy = model.free_energy(lam, x, eps, beta, mask)
-        if self.anchor.kind == "none":
-            return energy
-        return energy + rho * self.anchor.distance(model.family, lam, lam0)
+        return self.tied(model.free_energy(lam, x, eps, beta, mask), model.family, lam, lam0, rho)
+
+    def tied(
+        self, energy: Tensor, family: GaussianFamily, lam: Tensor, lam0: Tensor, rho: float | Tensor
+    ) -> Tensor:  # (*B,) -> (*B,)
+        """The energy with what the anchor adds, ρ R(λ, λ⁰)."""
+        return energy if self.anchor.kind == "none" else energy + rho * self.anchor.distance(family, lam, lam0)
 
 
 def expected_potential(family: GaussianFamily, lam: Tensor, psi: Tensor) -> Tensor:  # (*B, 2D), (*B, 2D) -> (*B,)

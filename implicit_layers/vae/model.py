@@ -78,10 +78,14 @@ class LatentModel(nn.Module):
                     "problem another one; put it in eval mode, or drop it"
                 )
 
+    def decode(self, z: Tensor) -> Tensor:  # (S, *B, D) -> (S, *B, *E)
+        """The decoder's output for points of any leading shape."""
+        flat = self.decoder(z.reshape(-1, z.shape[-1]))
+        return flat.reshape(*z.shape[:-1], *flat.shape[1:])
+
     def log_likelihood(self, z: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:  # (S, *B, D) -> (S, *B)
         """The log-likelihood log p(x | z), summed over the entries of x; a mask, like x or broadcast, weighs them."""
-        flat = self.decoder(z.reshape(-1, z.shape[-1]))
-        output = flat.reshape(*z.shape[:-1], *flat.shape[1:])
+        output = self.decode(z)
         log_p = self.likelihood(output, x)
         if log_p.shape[: z.ndim - 1] != z.shape[:-1]:
             raise ShapeError(

@@ -115,7 +115,7 @@ def solve(
         *(step for _, step in kept),
         0 if start is None else start.data_ptr(),
         tol,
-        max_iter,
+        min(max_iter, 2**31),
         *(t.data_ptr() for t in (z, nu, lam, residual, condition)),
         *(t.data_ptr() for t in (chol_q, chol_eq, across, chol_ineq, scale, active)),
         *(t.data_ptr() for t in (iterations, weak, done)),

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plot [--check]`: the tables of the READMEs and `figures/*.png`, both from `results/*.json` alone.
+"""`python -m benchmarks.plot [--check]`: the tables of both pages and `figures/*.png`, from `results/*.json` alone.
 
 Each figure carries the fingerprint of the results that it was drawn from, so that `--check` and a test see an old one.
 """

@@ -130,9 +130,12 @@ def _apart(model: nn.Module, world: int) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     report = train(parser().parse_args(argv))
     if report:
-        print(json.dumps(report))
+        print(json.dumps(report), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    if "LOCAL_RANK" in os.environ:  # threads that gloo leaves behind abort an orderly end of the process now and then
+        os._exit(status)
+    raise SystemExit(status)

@@ -107,7 +107,7 @@ def _floor(sizes: tuple[int, int, int, int], problem: QP, pace: float) -> float:
     rows = m + n_eq
     settled = compiled.solve(torch.Size([batch]), tuple(problem[:6]), tol=1e-8, max_iter=60)
     factorisations = float(settled.iterations.double().mean()) + 1.0  # and the first point
-    active = float(settled.active.sum(-1).mean()) - n_eq
+    active = float(settled.factor.active.sum(-1).mean()) - n_eq
     set_up = n**3 / 3 + n * n * rows + n * rows**2 + n_eq**3 / 3 + n_eq**2 * m + n_eq * m**2
     return batch * (set_up + factorisations * m**3 / 3 + active**3 / 3) / pace
 

@@ -9,6 +9,9 @@ constexpr double WEAK = 1e-11;
 constexpr double TO_BOUNDARY = 0.995;
 constexpr double SHORTEST = 1e-8;
 
+// What `set_up` finds out of the matrices, kept beside them where the programs share them.
+enum { DEFINITE, INDEPENDENT, SPREAD_Q, SPREAD_EQ, KEPT };
+
 struct Phase {
     double measure, sign_tol;
     int refine;
@@ -28,7 +31,7 @@ class Group {
         share_q = d.step_Q == 0;
         share_rows = (p == 0 || d.step_A == 0) && (m == 0 || d.step_G == 0);
         const long sizes[] = {n * n, (n + rows) * n, rows * n, rows * rows, m * m, m * m};
-        const long vectors = 6 * n + 14 * rows + 24 * m + 8;
+        const long vectors = 6 * n + 13 * rows + 12 * m + KEPT;
         unsigned long total = vectors;
         for (long size : sizes) total += size;
         V* at = reinterpret_cast<V*>(room.take(total * W));
@@ -41,10 +44,10 @@ class Group {
         inv_q = part(n), half = part(n), cost = part(n), z = part(n), gradient = part(n), work = part(n);
         f = part(rows), scale = part(rows), touches = part(rows), reach = part(rows), violation = part(rows), inv_eq = part(rows);
         active = part(rows), dual = part(rows), step = part(rows), image = part(rows), y = part(rows), corrected = part(rows);
-        right = part(rows), spare = part(rows);
+        spare = part(rows);
         w = part(m), lam = part(m), s = part(m), off = part(m), inv_k = part(m), inv_lam = part(m), inv_s = part(m);
         d_lam = part(m), d_s = part(m), correction = part(m), compact = part(m);
-        flags = part(8);
+        kept = part(KEPT);
         index = reinterpret_cast<long long*>(part(m));
         H = tall + n * n;
         ready = room.call == room.current;
@@ -98,10 +101,11 @@ class Group {
     bool share_q, share_rows, ready;
     V *Q, *tall, *E, *S, *R, *K, *H;
     V *inv_q, *half, *cost, *z, *gradient, *work;
-    V *f, *scale, *touches, *reach, *violation, *inv_eq, *active, *dual, *step, *image, *y, *corrected, *right, *spare;
-    V *w, *lam, *s, *off, *inv_k, *inv_lam, *inv_s, *d_lam, *d_s, *correction, *compact, *flags;
+    V *f, *scale, *touches, *reach, *violation, *inv_eq, *active, *dual, *step, *image, *y, *corrected, *spare;
+    V *w, *lam, *s, *off, *inv_k, *inv_lam, *inv_s, *d_lam, *d_s, *correction, *compact, *kept;
     long long* index;  // (k, W): the active inequality rows of each lane, -1 where there are no more
     M alive, fit, inside, stuck;
+    V weakly, residual_;  // of the last answer that was judged
     V iterations, free_norm, unit, length, pull_size, curve_size, cost_size;
 
     M lane_numbers() const {
@@ -142,8 +146,8 @@ class Group {
         if (!old) {
             for (long i = 0; i < rows * n; ++i) H[i] = E[i];
             M definite = factorise<V, M>(tall, n, n, n + rows, old_q ? n : 0, inv_q, work, 1);
-            if (old_q) definite = as_mask(flags[0]);
-            flags[0] = as_number(definite);
+            if (old_q) definite = as_mask(kept[DEFINITE]);
+            kept[DEFINITE] = as_number(definite);
             for (long i = 0; i < rows; ++i) {
                 V* row = H + i * n;
                 const V size = root(inner(row, row, n));
@@ -154,7 +158,7 @@ class Group {
             gram(S, rows, H, n, rows, n, false);
             const V floor = all<V>(16.0 * p * EPS);
             const M independent = factorise<V, M>(S, rows, p, rows, 0, inv_eq, &floor, 0);
-            flags[1] = as_number(independent);
+            kept[INDEPENDENT] = as_number(independent);
             for (long i = 0; i < m; ++i)
                 for (long j = 0; j < m && j < i + 4; ++j) R[i * m + j] = S[(p + i) * rows + p + j];
             if (p) gram(R, m, S + p * rows, rows, m, p, true);
@@ -162,12 +166,12 @@ class Group {
                 for (long j = i + 1; j < m; ++j) R[i * m + j] = R[j * m + i];
             V high = all<V>(0.0), low = all<V>(1.0 / 0.0);
             pivots(tall, n, n, high, low);
-            flags[2] = high / low;
+            kept[SPREAD_Q] = high / low;
             high = all<V>(0.0), low = all<V>(1.0 / 0.0);
             pivots(S, rows, p, high, low);
-            flags[3] = p ? high / low : all<V>(1.0);
+            kept[SPREAD_EQ] = p ? high / low : all<V>(1.0);
         }
-        fit = as_mask(flags[0]) & as_mask(flags[1]);
+        fit = as_mask(kept[DEFINITE]) & as_mask(kept[INDEPENDENT]);
         for (long i = 0; i < n; ++i) half[i] = -cost[i];
         forward(tall, n, inv_q, n, half);
         free_norm = root(inner(half, half, n));
@@ -466,14 +470,14 @@ class Group {
             wrong |= leave | enter;
             weak |= (magnitude(dual[i]) <= WEAK * dual_size) & (magnitude(slack) <= WEAK * size);
         }
-        flags[4] = as_number(weak);
-        flags[6] = relative_residual();
+        weakly = as_number(weak);
+        residual_ = relative_residual();
         const V allowed = all<V>(task.tol < BEST ? task.tol : BEST);
-        return ~wrong & (flags[6] <= allowed) & (roughness() <= BEST);
+        return ~wrong & (residual_ <= allowed) & (roughness() <= BEST);
     }
 
     void write(M& accepted, long count) {
-        V condition = largest(flags[2], flags[3]);
+        V condition = largest(kept[SPREAD_Q], kept[SPREAD_EQ]);
         if (m) {
             V high = all<V>(0.0), low = all<V>(1.0 / 0.0);
             pivots(K, m, count, high, low);
@@ -484,7 +488,7 @@ class Group {
         }
         for (long i = p; i < rows; ++i) dual[i] = dual[i] < 0.0 ? all<V>(0.0) : dual[i];
         for (long i = 0; i < rows; ++i) y[i] = scale[i] * dual[i];
-        V residual = flags[6];
+        V residual = residual_;
         if (sizeof(T) < 8) {
             residual = rounded_residual(residual);
             V sum = all<V>(0.0);
@@ -502,7 +506,7 @@ class Group {
             reinterpret_cast<T*>(task.residual)[b] = static_cast<T>(residual[l]);
             reinterpret_cast<T*>(task.condition)[b] = static_cast<T>(condition[l]);
             task.iterations[b] = static_cast<long long>(iterations[l]);
-            task.weak[b] = flags[4][l] > 0.5;
+            task.weak[b] = weakly[l] > 0.5;
             task.settled[b] = 1;
             if (task.chol_q) write_own(b, l, count);
         }

@@ -184,7 +184,8 @@ def _outcome(settled: compiled.Settled, factor: bool) -> Outcome:
     """The outcome where every problem is settled."""
     z, nu, lam = settled[:3]
     status = torch.zeros_like(settled.weak)
-    made = tuple(settled.factor) if factor else (settled.active, torch.zeros_like(z, dtype=settled.active.dtype))
+    active = settled.factor.active
+    made = tuple(settled.factor) if factor else (active, torch.zeros_like(z, dtype=active.dtype))
     return Outcome(
         z,
         nu,
@@ -219,7 +220,7 @@ def _solve_the_rest(
         *(quadratic.unexpand(t, k, batch) for t, k in zip(settled.factor, quadratic.EVENT_NDIM, strict=True))
     )
     result = QPResult(
-        z, y, zero, flat(settled.active), zero, factor, flat(settled.weak), flat(settled.condition).to(z), info
+        z, y, zero, flat(settled.factor.active), zero, factor, flat(settled.weak), flat(settled.condition).to(z), info
     )
     index = done.logical_not().nonzero().squeeze(-1)
     part = data.take(index)

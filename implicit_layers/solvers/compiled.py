@@ -37,8 +37,7 @@ class Settled(NamedTuple):
     z: Tensor  # (*B, n)
     nu: Tensor  # (*B, n_eq)
     lam: Tensor  # (*B, n_ineq)
-    active: Tensor  # (*B, n_eq + n_ineq) float64
-    factor: quadratic.Factor  # float64, each (*B, ...)
+    factor: quadratic.Factor  # float64, each (*B, ...); the active rows are among its fields
     weak: Tensor  # (*B,) int8
     condition: Tensor  # (*B,)
     iterations: Tensor  # (*B,) int64
@@ -126,7 +125,7 @@ def solve(
         chol_eq, across = chol_eq.expand(*batch, n_eq, n_eq), across.expand(*batch, n_eq, n_ineq)
         scale = scale.expand(*batch, n_eq + n_ineq)
     factor = quadratic.Factor(chol_q, chol_eq, across, chol_ineq, scale, active)
-    return Settled(z, nu, lam, active, factor, weak, condition, iterations, residual, done, settled)
+    return Settled(z, nu, lam, factor, weak, condition, iterations, residual, done, settled)
 
 
 def adjoint(

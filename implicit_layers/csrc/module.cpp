@@ -24,8 +24,7 @@
 #include <pthread.h>
 #endif
 #if defined(__linux__)
-#include <dirent.h>
-#include <sched.h>
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -64,6 +63,8 @@ double* Room::take(unsigned long doubles) {
     return memory;
 }
 
+Room::~Room() { free(memory); }
+
 // The best instructions that this processor has; IMPLICIT_LAYERS_KERNEL names lesser ones, to compare with.
 static Kernel choose() {
     const char* wish = std::getenv("IMPLICIT_LAYERS_KERNEL");
@@ -80,45 +81,54 @@ static Kernel choose() {
 
 static const Kernel KERNEL = choose();
 
-// A new thread may run wherever the process may: OpenMP can have bound the thread that made it to one processor.
-static void spread_out() {
-#if defined(__linux__)
-    cpu_set_t allowed, one;
-    CPU_ZERO(&allowed);
-    DIR* threads = opendir("/proc/self/task");
-    if (!threads) return;
-    while (const dirent* entry = readdir(threads)) {
-        const int thread = std::atoi(entry->d_name);
-        if (thread > 0 && sched_getaffinity(thread, sizeof one, &one) == 0) CPU_OR(&allowed, &allowed, &one);
-    }
-    closedir(threads);
-    if (CPU_COUNT(&allowed)) sched_setaffinity(0, sizeof allowed, &allowed);
-#endif
-}
+// One call's programs, handed out to whoever asks. They are shared by groups of lanes, so an answer does not depend on
+// who computed it.
+class Job {
+   public:
+    Job(Work what, const void* task, long groups) : what_(what), task_(task), groups_(groups), call_(++calls_) {}
 
-// Threads that wait for work. Programs are shared by groups of lanes, so an answer does not depend on who computed it.
+    void take() {
+        thread_local Room room;
+        try {
+            room.current = call_;
+            for (long group = next_++; group < groups_; group = next_++) what_(task_, group, room);
+        } catch (const std::bad_alloc&) {
+            failed_ = true;
+        }
+    }
+
+    bool failed() const { return failed_; }
+
+   private:
+    static std::atomic<long> calls_;
+    const Work what_;
+    const void* const task_;
+    const long groups_, call_;
+    std::atomic<long> next_{0};
+    std::atomic<bool> failed_{false};
+};
+
+std::atomic<long> Job::calls_{0};
+
+// Threads of our own that wait for work.
 class Team {
    public:
-    void work(Work what, const void* task, long groups, int threads) {
+    void work(Job& job, int threads) {
         std::unique_lock<std::mutex> turn(turn_);  // one call after the other
-        static long calls = 0;
-        const long call = ++calls;
-        next_ = 0;
-        what_ = what, task_ = task, groups_ = groups, call_ = call;
-        const int helpers = enlist(int(threads < groups ? threads : groups) - 1);
+        const int helpers = enlist(threads - 1);
         if (helpers > 0) {
             std::lock_guard<std::mutex> lock(mutex_);
+            job_ = &job;
             invited_ = helpers;
             busy_ = helpers;
             ++round_;
             start_.notify_all();
         }
-        take(own_);
+        job.take();
         if (helpers > 0) {
             std::unique_lock<std::mutex> lock(mutex_);
             end_.wait(lock, [this] { return busy_ == 0; });
         }
-        if (failed_.exchange(false)) throw std::bad_alloc();
     }
 
    private:
@@ -130,18 +140,7 @@ class Team {
         return wanted < int(helpers_.size()) ? wanted : int(helpers_.size());
     }
 
-    void take(Room& room) {
-        try {
-            room.current = call_;
-            for (long group = next_++; group < groups_; group = next_++) what_(task_, group, room);
-        } catch (const std::bad_alloc&) {
-            failed_ = true;
-        }
-    }
-
     void wait(int number, long seen) {
-        Room room;
-        spread_out();
         while (true) {
             {
                 std::unique_lock<std::mutex> lock(mutex_);
@@ -149,7 +148,7 @@ class Team {
                 seen = round_;
                 if (number >= invited_) continue;
             }
-            take(room);
+            job_->take();
             std::lock_guard<std::mutex> lock(mutex_);
             if (--busy_ == 0) end_.notify_one();
         }
@@ -158,24 +157,47 @@ class Team {
     std::mutex turn_, mutex_;
     std::condition_variable start_, end_;
     std::vector<std::thread> helpers_;
-    std::atomic<long> next_{0};
-    std::atomic<bool> failed_{false};
-    Room own_;
-    Work what_ = nullptr;
-    const void* task_ = nullptr;
-    long groups_ = 0, call_ = 0, round_ = 0;
+    Job* job_ = nullptr;
+    long round_ = 0;
     int invited_ = 0, busy_ = 0;
 };
 
+// The threads that PyTorch itself works with, where they are those of an OpenMP with GNU's entry point: after an
+// operation they wait at full speed for the next, and would keep threads of our own off the processors.
+typedef void (*OpenMP)(void (*)(void*), void*, unsigned, unsigned);
+
+static OpenMP find_openmp() {
+#if defined(__linux__)
+    return reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+    return nullptr;
+#endif
+}
+
+static OpenMP openmp = nullptr;
 static Team* team = nullptr;
-static constexpr double ENOUGH_STEPS = 4e-6;
+
+static int useful_threads(const Data& d, long groups, int threads) {
+    const double n = double(d.n), m = double(d.n_ineq), rows = double(d.n_eq + d.n_ineq);
+    const double steps = n * n * n / 3 + n * n * rows + n * rows * rows + 2 * m * m * m + 20 * (n * n + n * rows + m * m);
+    const double worth = 1.0 + groups * steps * (openmp ? 2e-5 : 4e-6);  // to wake a thread takes as long as so many
+    if (threads > worth) threads = int(worth);
+    if (threads > groups) threads = int(groups);
+    return threads < 1 ? 1 : threads;
+}
 
 static void work(Team* team, Work what, const void* task, const Data& d, int threads) {
     const long lanes = KERNEL.width(d.batch).lanes, groups = (d.batch + lanes - 1) / lanes;
-    const double n = double(d.n), m = double(d.n_ineq), rows = double(d.n_eq + d.n_ineq);
-    const double steps = n * n * n / 3 + n * n * rows + n * rows * rows + 2 * m * m * m + 20 * (n * n + n * rows + m * m);
-    const double worth = 1.0 + groups * steps * ENOUGH_STEPS;  // to wake a thread takes as long as some 10⁵ of these
-    team->work(what, task, groups, threads < 1 ? 1 : threads < worth ? threads : int(worth));
+    Job job(what, task, groups);
+    threads = useful_threads(d, groups, threads);
+    if (threads == 1) {
+        job.take();
+    } else if (openmp) {
+        openmp([](void* job) { static_cast<Job*>(job)->take(); }, &job, threads, 0);
+    } else {
+        team->work(job, threads);
+    }
+    if (job.failed()) throw std::bad_alloc();
 }
 
 // Arguments come as one row of whole numbers: sizes, steps and addresses, in the order of the structures.
@@ -316,7 +338,8 @@ static PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_kernel", nullptr, -1, METH
 PyMODINIT_FUNC PyInit__kernel(void) {
 #if !defined(_WIN32)
     // a forked child has none of the threads: it makes its own, and leaves the parent's record of them alone
-    pthread_atfork(nullptr, nullptr, [] { implicit_layers::team = nullptr; });
+    pthread_atfork(nullptr, nullptr, [] { implicit_layers::openmp = nullptr, implicit_layers::team = nullptr; });
 #endif
+    implicit_layers::openmp = implicit_layers::find_openmp();
     return PyModule_Create(&implicit_layers::MODULE);
 }

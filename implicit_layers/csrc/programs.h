@@ -60,6 +60,7 @@ struct Room {
     long call = -1;           // the call whose shared matrices have been factored here
     long current = 0;
     double* take(unsigned long doubles);
+    ~Room();
 };
 
 }  // namespace implicit_layers

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -67,13 +66,6 @@ def required() -> None:
         )
 
 
-@cache
-def _threads_are_bound() -> None:
-    """Where OpenMP binds threads, let it make its own first: the kernel's may run wherever one of the process may."""
-    if os.environ.get("OMP_PROC_BIND", "false").lower() != "false":
-        torch.ones(2**16).add_(1.0)
-
-
 def fits(Q: Tensor, A: Tensor, G: Tensor) -> bool:
     """Tell whether the kernel is there and made for programs of that kind."""
     n, rows = Q.shape[-1], A.shape[-2] + G.shape[-2]
@@ -105,7 +97,6 @@ def solve(
     iterations = torch.empty(batch, dtype=torch.int64)
     weak, done = torch.empty(batch, dtype=torch.int8), torch.empty(batch, dtype=torch.bool)
     start = None if start is None else start.contiguous()
-    _threads_are_bound()
     settled = _kernel.solve(
         Q.dtype == torch.float32,
         torch.get_num_threads(),

@@ -275,7 +275,8 @@ static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     in.address(task.start);
     task.tol = in.real();
     task.max_iter = in.number();
-    in.address(task.z), in.address(task.nu), in.address(task.lam), in.address(task.residual), in.address(task.condition);
+    in.address(task.z), in.address(task.nu), in.address(task.lam);
+    in.address(task.s), in.address(task.value), in.address(task.residual), in.address(task.condition);
     in.address(task.chol_q), in.address(task.chol_eq), in.address(task.across), in.address(task.chol_ineq);
     in.address(task.scale), in.address(task.active);
     in.address(task.iterations), in.address(task.weak), in.address(task.settled);

@@ -18,7 +18,7 @@ struct Solve {
     const double* start;  // (batch, n_eq + n_ineq) active rows to try first, or none
     double tol;
     long max_iter;
-    char *z, *nu, *lam, *residual, *condition;                // of the type of the data
+    char *z, *nu, *lam, *s, *value, *residual, *condition;    // of the type of the data
     double *chol_q, *chol_eq, *across, *chol_ineq, *scale;    // (1, …) where all of what it depends on is shared
     double* active;                                           // (batch, n_eq + n_ineq)
     long long* iterations;

@@ -106,7 +106,7 @@ class Group {
     long long* index;  // (k, W): the active inequality rows of each lane, -1 where there are no more
     M alive, fit, inside, stuck;
     V weakly, residual_;  // of the last answer that was judged
-    V iterations, free_norm, unit, length, pull_size, curve_size, cost_size;
+    V iterations, free_norm, unit, curvature, length, pull_size, curve_size, cost_size;
 
     M lane_numbers() const {
         M result;
@@ -366,8 +366,8 @@ class Group {
     void take_image() {  // of z and the duals: Qz + p + Eᵀy, Ez and the length of z
         for (long i = 0; i < rows; ++i) y[i] = scale[i] * dual[i];
         multiply(gradient, Q, n, n, n, z);
-        length = inner(gradient, z, n);
-        length = root(largest(length, all<V>(0.0)));
+        curvature = inner(gradient, z, n);
+        length = root(largest(curvature, all<V>(0.0)));
         curve_size = pull_size = cost_size = all<V>(0.0);
         multiply_transposed(work, E, n, rows, n, y);
         for (long i = 0; i < n; ++i) {
@@ -496,12 +496,16 @@ class Group {
             for (long i = 0; i < rows; ++i) sum += y[i] * 0.0;
             accepted &= sum == 0.0;  // too large for the type of the data
         }
+        const V value = 0.5 * curvature + inner(cost, z, n);
+        for (long i = 0; i < m; ++i) spare[i] = f[p + i] - image[p + i];
         for (int l = 0; l < W; ++l) {
             if (!accepted[l]) continue;
             const long b = first + l;
             store<W, T>(reinterpret_cast<T*>(task.z) + b * n, z, l, n);
             store<W, T>(reinterpret_cast<T*>(task.nu) + b * p, y, l, p);
             store<W, T>(reinterpret_cast<T*>(task.lam) + b * m, y + p, l, m);
+            store<W, T>(reinterpret_cast<T*>(task.s) + b * m, spare, l, m);
+            reinterpret_cast<T*>(task.value)[b] = static_cast<T>(value[l]);
             store<W, double>(task.active + b * rows, active, l, rows);
             reinterpret_cast<T*>(task.residual)[b] = static_cast<T>(residual[l]);
             reinterpret_cast<T*>(task.condition)[b] = static_cast<T>(condition[l]);

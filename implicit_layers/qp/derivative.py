@@ -28,9 +28,17 @@ from implicit_layers import checks, transforms
 from implicit_layers.errors import UnsupportedError
 from implicit_layers.kkt import quadratic
 from implicit_layers.legacy_vmap import modernised
-from implicit_layers.qp import operators
+from implicit_layers.qp import operators, value
 from implicit_layers.qp.arguments import EVENT_NDIM, Program
-from implicit_layers.qp.run import KKT_EVENT_NDIM, Outcome, Settings, factor_event_ndim, run, solve_kkt
+from implicit_layers.qp.run import (
+    DIFFERENTIABLE,
+    KKT_EVENT_NDIM,
+    Outcome,
+    Settings,
+    factor_event_ndim,
+    run,
+    solve_kkt,
+)
 from implicit_layers.solvers import compiled
 
 
@@ -116,7 +124,7 @@ def _solve(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class _ReverseQP(torch.autograd.Function):
-    """(Q, p, A, b, G, h, lb, ub) to the fields of `run.Outcome`, of which z, nu, lam and bound have derivatives."""
+    """(Q, p, A, b, G, h, lb, ub) to the fields of `run.Outcome`, of which the first have derivatives."""
 
     @staticmethod
     @transforms.signed
@@ -137,45 +145,36 @@ class _ReverseQP(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         settings, Q, _, A, _, G, _, _, _ = inputs
-        z, nu, lam, bound, *constants = output
         ctx.settings, ctx.outputs = settings, len(output)
         ctx.shapes = [None if x is None else x.shape for x in inputs[1:]]
-        ctx.mark_non_differentiable(*constants)
+        ctx.mark_non_differentiable(*output[DIFFERENTIABLE:])
         ctx.set_materialize_grads(False)
-        saved = (Q, A, G, z, nu, lam, bound, *constants)
+        saved = (Q, A, G, *output)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(grad is None for grad in grads[:4]):  # only the optimal value was used, which asks for no solve
-            return (None,) * 9
         settings, needs, shapes = ctx.settings, ctx.needs_input_grad[1:], ctx.shapes
 
-        def work(*tensors: Tensor | None) -> list[Tensor | None]:
-            *saved, g_z, g_nu, g_lam, g_bound = tensors
-            Q, A, G, point, bound, outcome = _unpack(settings, saved)  # type: ignore[arg-type]
-            quick = _solved_by_the_kernel(settings, (Q, A, G), outcome, (g_z, g_nu, g_lam), needs, shapes)
-            if quick is not None:
-                return quick
-            good = outcome.converged.unsqueeze(-1)
-            rights = [
-                torch.zeros_like(like) if grad is None else torch.where(good, grad, 0.0)
-                for grad, like in zip((g_z, g_nu, g_lam, g_bound), (*point, bound), strict=True)
-            ]
-            rights = _first_order_only(settings, rights, outcome.z)
-            v_z, v_nu, v_lam, v_bound = _solve(settings, Q, A, G, *rights, outcome.degenerate, *outcome.factor)
-            grad_Q, grad_A, grad_G = _matrix_gradients(
-                (v_z, v_nu, v_lam), point, (needs[0], needs[2], needs[4]), (Q, A, G)
-            )
-            vectors = (-v_z, v_nu, v_lam, outcome.pull_lb * v_bound, outcome.pull_ub * v_bound)
-            wanted = (1, 3, 5, 6, 7)
-            grad_p, grad_b, grad_h, grad_lb, grad_ub = (
-                vector.sum_to_size(shapes[i]) if needs[i] else None for i, vector in zip(wanted, vectors, strict=True)
-            )
-            return [grad_Q, grad_p, grad_A, grad_b, grad_G, grad_h, grad_lb, grad_ub]
+        def work(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+            saved, (g_z, g_nu, g_lam, g_bound, g_s, g_value) = tensors[:-DIFFERENTIABLE], tensors[-DIFFERENTIABLE:]
+            Q, A, G, point, outcome = _unpack(settings, saved)  # type: ignore[arg-type]
+            if g_s is None and g_value is None:
+                return _pulled_back(settings, (Q, A, G), point, outcome, (g_z, g_nu, g_lam, g_bound), needs, shapes)
+            good = outcome.converged
+            g_s = None if g_s is None else torch.where(good.unsqueeze(-1), g_s, 0.0)
+            g_value = None if g_value is None else torch.where(good, g_value, 0.0)
+            direct = value.gradients(g_s, g_value, outcome[:4], needs, shapes)
+            if g_s is not None:
+                through_z = -quadratic.transposed_matvec(G, g_s)
+                g_z = through_z if g_z is None else g_z + through_z
+            if g_z is None and g_nu is None and g_lam is None and g_bound is None:
+                return direct  # the optimal value asks for no solve
+            implicit = _pulled_back(settings, (Q, A, G), point, outcome, (g_z, g_nu, g_lam, g_bound), needs, shapes)
+            return [x if y is None else _add(y, x) for x, y in zip(direct, implicit, strict=True)]
 
-        return None, *modernised(work, (*ctx.saved_tensors, *grads[:4]))
+        return None, *modernised(work, (*ctx.saved_tensors, *grads[:DIFFERENTIABLE]))
 
 
 class _QP(_ReverseQP):
@@ -188,19 +187,22 @@ class _QP(_ReverseQP):
         def work(*tensors: Tensor | None) -> tuple[Tensor, ...]:
             with transforms.forward_mode():
                 *saved, d_Q, d_p, d_A, d_b, d_G, d_h, d_lb, d_ub = tensors
-                Q, A, G, point, bound, outcome = _unpack(settings, transforms.primals(saved))  # type: ignore[arg-type]
+                Q, A, G, point, outcome = _unpack(settings, transforms.primals(saved))  # type: ignore[arg-type]
                 changes = _change_of_residual(d_Q, d_A, d_G, *point)
                 moves = (None if d_p is None else -d_p, d_b, d_h)
                 rights = [_add(x, y) for x, y in zip(changes, moves, strict=True)]
-                rights.append(torch.zeros_like(bound))
+                rights.append(torch.zeros_like(outcome.bound))
                 for pull, d_bound in ((outcome.pull_lb, d_lb), (outcome.pull_ub, d_ub)):
                     rights[3] = _add(rights[3], None if d_bound is None else pull * d_bound)
                 good = outcome.converged.unsqueeze(-1)
                 rights = _first_order_only(settings, [torch.where(good, right, 0.0) for right in rights], outcome.z)
-                return _solve(settings, Q, A, G, *rights, outcome.degenerate, *outcome.factor)
+                moved = _solve(settings, Q, A, G, *rights, outcome.degenerate, *outcome.factor)
+                of_s = value.change_of_slacks(moved[0], d_G, d_h, outcome.z, G)
+                of_value = value.change_of_value((d_Q, d_p, d_A, d_b, d_G, d_h, d_lb, d_ub), outcome[:4])
+                return *moved, torch.where(good, of_s, 0.0), torch.where(outcome.converged, of_value, 0.0)
 
         moved = modernised(work, (*ctx.saved_tensors, *tangents))
-        return *moved, *(None for _ in range(ctx.outputs - 4))
+        return *moved, *(None for _ in range(ctx.outputs - DIFFERENTIABLE))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], settings: Settings, *tensors: Tensor | None) -> tuple[Any, Any]:
@@ -219,6 +221,34 @@ def differentiable(settings: Settings, program: Program) -> Outcome:
     """Solve a batch of programs, differentiably."""
     function = _ReverseQP if torch.compiler.is_compiling() else _QP
     return Outcome.of(settings.gradient, transforms.apply(function, settings, *program, plain=settings.plain))
+
+
+def _pulled_back(
+    settings: Settings,
+    matrices: tuple[Tensor, Tensor, Tensor],
+    point: Sequence[Tensor],
+    outcome: Outcome,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    shapes: Sequence[torch.Size],
+) -> Sequence[Tensor | None]:
+    """From gradients of z, ν, λ and the dual of the bounds to those of the data: one solve."""
+    quick = _solved_by_the_kernel(settings, matrices, outcome, grads[:3], needs, shapes)
+    if quick is not None:
+        return quick
+    good = outcome.converged.unsqueeze(-1)
+    rights = [
+        torch.zeros_like(like) if grad is None else torch.where(good, grad, 0.0)
+        for grad, like in zip(grads, (*point, outcome.bound), strict=True)
+    ]
+    rights = _first_order_only(settings, rights, outcome.z)
+    v_z, v_nu, v_lam, v_bound = _solve(settings, *matrices, *rights, outcome.degenerate, *outcome.factor)
+    grad_Q, grad_A, grad_G = _matrix_gradients((v_z, v_nu, v_lam), point, (needs[0], needs[2], needs[4]), matrices)
+    vectors = (-v_z, v_nu, v_lam, outcome.pull_lb * v_bound, outcome.pull_ub * v_bound)
+    grad_p, grad_b, grad_h, grad_lb, grad_ub = (
+        vector.sum_to_size(shapes[i]) if needs[i] else None for i, vector in zip((1, 3, 5, 6, 7), vectors, strict=True)
+    )
+    return [grad_Q, grad_p, grad_A, grad_b, grad_G, grad_h, grad_lb, grad_ub]
 
 
 def _solved_by_the_kernel(
@@ -271,14 +301,12 @@ def _summed(vector: Tensor, shape: torch.Size) -> Tensor:
     return vector if vector.shape == shape else vector.sum_to_size(shape)
 
 
-def _unpack(
-    settings: Settings, saved: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor], Tensor, Outcome]:
-    """Take what was saved apart: Q, A, G, the point (z, ν, λ) of the derivative, the bounds' dual, and all of it."""
+def _unpack(settings: Settings, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Sequence[Tensor], Outcome]:
+    """Take what was saved apart: Q, A, G, the point (z, ν, λ) of the derivative, and the outcome."""
     Q, A, G, *outputs = saved
     outcome = Outcome.of(settings.gradient, tuple(outputs))
     point = _first_order_only(settings, outcome.smooth, outcome.z) or [outcome.z, outcome.nu, outcome.lam]
-    return Q, A, G, point, outcome.bound, outcome
+    return Q, A, G, point, outcome
 
 
 def _first_order_only(settings: Settings, tensors: Sequence[Tensor], witness: Tensor) -> list[Tensor]:
@@ -364,15 +392,6 @@ def _change_of_residual(
     return [r_z, r_nu, r_lam]
 
 
-def outer_sum(left: Tensor, right: Tensor, batch: torch.Size) -> Tensor:
-    """Multiply (*B, m, k) with (*B, k, n); summed over the batch, in one product, where `batch` is 1s."""
-    if batch.numel() != 1 or left.shape[:-2].numel() == 1:
-        return left @ right
-    m, n = left.shape[-2], right.shape[-1]
-    total = left.movedim(-2, 0).reshape(m, -1) @ right.reshape(-1, n)
-    return total.reshape(*batch, m, n)
-
-
 def _matrix_gradients(
     adjoint: Sequence[Tensor], point: Sequence[Tensor], needed: Sequence[bool], matrices: Sequence[Tensor]
 ) -> list[Tensor | None]:
@@ -385,7 +404,7 @@ def _matrix_gradients(
     pairs = ((z, v_z), (nu, v_nu), (lam, v_lam))
     weights = (-0.5, -1.0, -1.0)
     return [
-        outer_sum(torch.stack(pair, dim=-1).mul(weight), torch.stack([v_z, z], dim=-2), matrix.shape[:-2])
+        value.outer_sum(torch.stack(pair, dim=-1).mul(weight), torch.stack([v_z, z], dim=-2), matrix.shape[:-2])
         if need
         else None
         for pair, weight, need, matrix in zip(pairs, weights, needed, matrices, strict=True)

@@ -48,7 +48,7 @@ def solve_kkt(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
     "implicit_layers::solve_qp",
     mutates_args=(),
     schema="(Tensor Q, Tensor p, Tensor A, Tensor b, Tensor G, Tensor h, Tensor? lb, Tensor? ub, "
-    f"{_SETTINGS}) -> ({', '.join(['Tensor'] * 14)})",
+    f"{_SETTINGS}) -> ({', '.join(['Tensor'] * 16)})",
 )
 def _solve_qp(*arguments: object) -> tuple[Tensor, ...]:
     tensors, settings = arguments[:8], _unpacked(arguments[8:])
@@ -64,11 +64,11 @@ def _sizes_of_a_solution(*arguments: object) -> tuple[Tensor, ...]:
     n, n_eq, n_ineq = p.shape[-1], b.shape[-1], h.shape[-1]
     bounds = n if len(present) > 6 else 0
     compute = p.dtype if arguments[11] == "native" else torch.float64
-    sizes = ((n,), (n_eq,), (n_ineq,), *((bounds,),) * 3)
+    sizes = ((n,), (n_eq,), (n_ineq,), (bounds,), (n_ineq,), (), (bounds,), (bounds,))
     small = (torch.int8, p.dtype, torch.int8, torch.bool, torch.int64, p.dtype)
     active_set = (n_eq + n_ineq, n)
     return (
-        *(p.new_empty(*batch, *size) for size in sizes),
+        *(p.new_empty((*batch, *size)) for size in sizes),
         *(p.new_empty(batch, dtype=dtype) for dtype in small),
         *(p.new_empty(*batch, size, dtype=compute) for size in active_set),
     )

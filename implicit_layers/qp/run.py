@@ -18,6 +18,7 @@ from implicit_layers.errors import DegenerateGradientWarning, NotPositiveDefinit
 from implicit_layers.kkt import condensed, quadratic
 from implicit_layers.kkt.program import ActiveSet, Data, relative_residual
 from implicit_layers.qp.arguments import Program, refuse_values
+from implicit_layers.qp.value import optimal_value, slacks
 from implicit_layers.solution import Degeneracy, OnFailure, QPInfo, SolveInfo, Status, report_failure
 from implicit_layers.solvers import compiled
 from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT
@@ -34,6 +35,8 @@ _NO_INSIDE = (
     'gradient="smoothed" needs a point that satisfies every inequality strictly, not by a hair: without one take '
     'gradient="least_norm". Else raise max_iter or rescale the data.'
 )
+DIFFERENTIABLE = 6  # fields of an `Outcome`, from the first on
+_SINGLE = 14  # fields of an `Outcome` that are one tensor
 _ACTIVE_SET = (1, 1)  # a factor that is not one yet: active rows and fixed unknowns
 
 
@@ -67,6 +70,8 @@ class Outcome(NamedTuple):
     nu: Tensor  # (*B, n_eq)
     lam: Tensor  # (*B, n_ineq)
     bound: Tensor  # (*B, n) λ_ub − λ_lb, or (*B, 0) without bounds
+    s: Tensor  # (*B, n_ineq) h − Gz
+    value: Tensor  # (*B,) ½ zᵀQz + pᵀz
     pull_lb: Tensor  # like `bound`: the share of a change of lb that the unknown's own condition sees
     pull_ub: Tensor  # like `bound`: the same for ub
     degenerate: Tensor  # (*B,) int8, see `Degeneracy`
@@ -86,8 +91,8 @@ class Outcome(NamedTuple):
     @staticmethod
     def of(gradient: Gradient, tensors: tuple[Tensor, ...]) -> Outcome:
         """Take the tensors of `flat` apart again."""
-        end = 15 if gradient == "smoothed" else 12
-        fields: tuple[Any, ...] = (*tensors[:12], tensors[12:end], tensors[end:])
+        end = _SINGLE + (3 if gradient == "smoothed" else 0)
+        fields: tuple[Any, ...] = (*tensors[:_SINGLE], tensors[_SINGLE:end], tensors[end:])
         return Outcome(*fields)
 
     def flat(self) -> tuple[Tensor, ...]:
@@ -136,11 +141,16 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         return tensor.to(dtype).reshape(*batch, *tensor.shape[1:]).clone()
 
     bound, pull_lb, pull_ub = (shaped(t if bounded else t[:, :0]) for t in (bound, *pulls))
+    z = shaped(z)
+    with transforms.full_precision(z.device):
+        s, value = slacks(z, program.G, program.h), optimal_value(z, program.Q, program.p)
     outcome = Outcome(
-        shaped(z),
+        z,
         shaped(y[:, :n_eq]),
         shaped(y[:, n_eq:]),
         bound,
+        s,
+        value,
         pull_lb,
         pull_ub,
         torch.where(converged, result.degenerate, 0).to(torch.int8).reshape(batch),
@@ -191,6 +201,8 @@ def _outcome(settled: compiled.Settled, factor: bool) -> Outcome:
         nu,
         lam,
         z.new_empty(*z.shape[:-1], 0),
+        settled.s,
+        settled.value,
         z.new_empty(*z.shape[:-1], 0),
         z.new_empty(*z.shape[:-1], 0),
         settled.weak,

@@ -13,12 +13,10 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.eager import transforms_at_work, uncompiled
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, NonFiniteError, ShapeError
-from implicit_layers.kkt import quadratic
 from implicit_layers.kkt.program import ActiveSet
 from implicit_layers.qp.arguments import Program, at_the_door, refuse_values
 from implicit_layers.qp.derivative import differentiable
 from implicit_layers.qp.run import Gradient, Outcome, Settings
-from implicit_layers.qp.value import optimal_value
 from implicit_layers.solution import OnFailure, QPShift, QPSolution, Status, check_on_failure
 from implicit_layers.solvers.interior_point import InteriorPoint
 
@@ -110,7 +108,7 @@ def solve_qp(
     # the compiler traces the derivative but for vmap and forward mode, whose rules it cannot take
     traced = torch.compiler.is_compiling() and gradient != "smoothed" and not transforms_at_work() & {"Vmap", "Jvp"}
     if traced and infeasible != "nearest":
-        return _solution(differentiable(settings, program), program, None, plain=settings.plain)
+        return _solution(differentiable(settings, program), None)
     try:
         return _solve_nearest(settings, program) if infeasible == "nearest" else _solve_eagerly(settings, program)
     except NonFiniteError:  # where an index is one of the caller's own tensor
@@ -137,7 +135,7 @@ def check_choices(on_failure: str, gradient: str, smoothing: float, infeasible: 
 @uncompiled
 def _solve_eagerly(settings: Settings, program: Program) -> QPSolution:
     """Solve; the compiler leaves this whole, instead of tracing its way to the first question of data."""
-    return _solution(differentiable(settings, program), program, None, plain=settings.plain)
+    return _solution(differentiable(settings, program), None)
 
 
 @uncompiled
@@ -151,7 +149,7 @@ def _solve_nearest(settings: Settings, program: Program) -> QPSolution:
         first = differentiable(settings._replace(on_failure="ignore", gradient="least_norm"), _detached(program))
     impossible = first.status == int(Status.INFEASIBLE)
     if "Vmap" not in transforms_at_work() and not checks.host_bool(impossible.any()):  # under vmap nobody may ask
-        return _solution(differentiable(settings, program), program, None, plain=settings.plain)
+        return _solution(differentiable(settings, program), None)
     elastic = settings._replace(on_failure="ignore", gradient="least_norm", elastic=True)
     nearest = differentiable(elastic, program._replace(Q=torch.zeros_like(program.Q), p=torch.zeros_like(program.p)))
     where = impossible.unsqueeze(-1)
@@ -160,7 +158,7 @@ def _solve_nearest(settings: Settings, program: Program) -> QPSolution:
     outcome = differentiable(settings, moved)
     good = outcome.converged.unsqueeze(-1)
     shift = QPShift(*(torch.where(good, part, part.detach()) for part in shift))
-    return _solution(outcome, moved, shift, plain=False)
+    return _solution(outcome, shift)
 
 
 def _active_set(solution: QPSolution, program: Program, solver: InteriorPoint) -> ActiveSet | None:
@@ -188,37 +186,13 @@ def _detached(program: Program) -> Program:
     return Program(*(None if t is None else t.detach() for t in program))  # type: ignore[arg-type]
 
 
-def _solution(outcome: Outcome, program: Program, shift: QPShift | None, *, plain: bool) -> QPSolution:
+def _solution(outcome: Outcome, shift: QPShift | None) -> QPSolution:
     """Put together what the caller gets."""
-    z, nu, lam, bound = outcome[:4]
+    z, nu, lam, bound, s, value, *_ = outcome
     if shift is None:
         shift = QPShift(torch.zeros_like(nu), torch.zeros_like(lam))
-    value = optimal_value(outcome, program, plain=plain)
-    if not bound.shape[-1] and _all_good(outcome):
-        none = torch.zeros_like(z.detach())
-        s = program.h - quadratic.matvec(program.G, z)
-        return QPSolution(z, nu, lam, s, outcome.info, none, none.clone(), value, shift)
-    held = bound if bound.shape[-1] else z.new_zeros(1).expand(z.shape)
-    good = outcome.converged.unsqueeze(-1)
-    with torch.no_grad():
-        last = program.h - quadratic.matvec(program.G, z)
-    s = torch.where(good, program.h - quadratic.matvec(program.G, torch.where(good, z, 0.0)), last)
-    return QPSolution(
-        z,
-        nu,
-        lam,
-        s,
-        outcome.info,
-        torch.where(held < 0, -held, 0.0),
-        torch.where(held > 0, held, 0.0),
-        value,
-        shift,
-    )
-
-
-def _all_good(outcome: Outcome) -> bool:
-    """Whether all problems are known to have converged, where asking costs nothing."""
-    converged = outcome.converged
-    if converged.device.type != "cpu" or not checks.plain(converged):
-        return False
-    return checks.host_bool(converged.all())
+    if bound.shape[-1]:
+        lower, upper = torch.where(bound < 0, -bound, 0.0), torch.where(bound > 0, bound, 0.0)
+    else:
+        lower, upper = torch.zeros_like(z), torch.zeros_like(z)
+    return QPSolution(z, nu, lam, s, outcome.info, lower, upper, value, shift)

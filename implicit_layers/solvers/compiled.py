@@ -36,6 +36,8 @@ class Settled(NamedTuple):
     z: Tensor  # (*B, n)
     nu: Tensor  # (*B, n_eq)
     lam: Tensor  # (*B, n_ineq)
+    s: Tensor  # (*B, n_ineq)
+    value: Tensor  # (*B,)
     factor: quadratic.Factor  # float64, each (*B, ...); the active rows are among its fields
     weak: Tensor  # (*B,) int8
     condition: Tensor  # (*B,)
@@ -87,6 +89,7 @@ def solve(
     of_q, of_rows = (own if shared_q else batch), (own if shared else batch)
     double = torch.float64
     z, nu, lam = Q.new_empty(*batch, n), Q.new_empty(*batch, n_eq), Q.new_empty(*batch, n_ineq)
+    s, value = Q.new_empty(*batch, n_ineq), Q.new_empty(batch)
     residual, condition = Q.new_empty(batch), Q.new_empty(batch)
     chol_q = torch.empty((*of_q, n, n), dtype=double)
     chol_eq = torch.empty((*of_rows, n_eq, n_eq), dtype=double)
@@ -106,7 +109,7 @@ def solve(
         0 if start is None else start.data_ptr(),
         tol,
         min(max_iter, 2**31),
-        *(t.data_ptr() for t in (z, nu, lam, residual, condition)),
+        *(t.data_ptr() for t in (z, nu, lam, s, value, residual, condition)),
         *(t.data_ptr() for t in (chol_q, chol_eq, across, chol_ineq, scale, active)),
         *(t.data_ptr() for t in (iterations, weak, done)),
     )
@@ -116,7 +119,7 @@ def solve(
         chol_eq, across = chol_eq.expand(*batch, n_eq, n_eq), across.expand(*batch, n_eq, n_ineq)
         scale = scale.expand(*batch, n_eq + n_ineq)
     factor = quadratic.Factor(chol_q, chol_eq, across, chol_ineq, scale, active)
-    return Settled(z, nu, lam, factor, weak, condition, iterations, residual, done, settled)
+    return Settled(z, nu, lam, s, value, factor, weak, condition, iterations, residual, done, settled)
 
 
 def adjoint(

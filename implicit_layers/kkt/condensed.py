@@ -15,7 +15,8 @@ formed with δ = 1 instead, which keeps every digit, and what is left of the row
 
     (E_a H⁻¹ E_aᵀ + c) u_y = E_a H⁻¹(r_z + E_aᵀ r_y/(1 + c)) − r_y       (rows and u_y times √(1/(1 + c))),
 
-whose eigenvalues lie between 0 and 1: a sharp factor. Where K is singular, its null space, which splits into directions of z and of y, is taken off the right-hand side and off the answer. That
+whose eigenvalues lie between 0 and 1 (by QR of the factor of H on the rows): a sharp factor. Where K is singular, its
+null space, which splits into directions of z and of y, is taken off the right-hand side and off the answer. That
 leaves the solution of least norm of the part that can be solved: of z and y, as long as the columns differ in scale by
 no more than 64 and the rows by no more than 16; beyond that, in the units of `program.equilibrate`.
 
@@ -80,9 +81,7 @@ class Factor(NamedTuple):
             eye = torch.eye(most, dtype=part.schur.dtype, device=part.schur.device)
             held = torch.arange(most, device=part.held.device)
             room = self._replace(held=held.repeat(batch, 1), schur=eye.repeat(batch, 1, 1))
-        return room._replace(
-            **{name: getattr(room, name).index_copy(0, index, getattr(part, name)) for name in _OWN}
-        )
+        return room._replace(**{name: getattr(room, name).index_copy(0, index, getattr(part, name)) for name in _OWN})
 
     @property
     def sharp(self) -> Tensor:  # (N, 1) bool
@@ -142,7 +141,8 @@ def sharpened(program: Program, factor: Factor, wanted: Tensor, *, ask: bool) ->
     batch, m, n = active.shape[0], active.shape[-1], free.shape[-1]
     count = active.sum(-1)
     most = checks.host_int(count.amax()) if ask else min(m, n)
-    held = active.argsort(dim=-1, descending=True, stable=True)[:, :most]
+    place = torch.arange(m, dtype=active.dtype, device=active.device)
+    held = (m * active - place).topk(most).indices  # what is active first, each in its order
     weight = active / (1.0 + program.compliance)
     H = assemble(program, weight, factor.stiffness.expand(batch, n), free)
     diagonal = H.diagonal(dim1=-2, dim2=-1)
@@ -155,11 +155,12 @@ def sharpened(program: Program, factor: Factor, wanted: Tensor, *, ask: bool) ->
     below = torch.where(root > 0, soft + _ROUNDING * max(most, 1) * eps, 1.0)  # roots of the diagonal
     triangle = torch.linalg.qr(torch.cat([half, torch.diag_embed(below)], dim=-2), mode="r").R
     sharp = wanted & (failed_h == 0) & (factor.singular == 0) & (count <= most)
+    each = sharp.unsqueeze(-1)
     return factor._replace(
-        chol=torch.where(sharp[:, None, None], chol, factor.chol),
-        delta=torch.where(sharp.unsqueeze(-1), 1.0, factor.delta),
+        chol=torch.where(each.unsqueeze(-1), chol, factor.chol),
+        delta=torch.where(each, 1.0, factor.delta),
         held=held,
-        schur=torch.where(sharp[:, None, None], triangle.mT, torch.eye(most, dtype=half.dtype, device=half.device)),
+        schur=torch.where(each.unsqueeze(-1), triangle.mT, torch.eye(most, dtype=half.dtype, device=half.device)),
     )
 
 

@@ -107,9 +107,8 @@ class Outcome(NamedTuple):
         """Take an end instead of what is there."""
         at, guess = end.at, end.guess
         new = (at.z, at.y, at.bound, guess.active, guess.fixed, end.weak, at.residual, at.absolute, end.accepted)
-        pairs = zip(new, self[:-1], strict=True)
-        chosen = [torch.where(where if a.ndim == 1 else where.unsqueeze(-1), a, b) for a, b in pairs]
-        return Outcome(*chosen, self.iterations)
+        pairs = zip((*new, self.iterations), self, strict=True)
+        return Outcome(*(torch.where(where if a.ndim == 1 else where.unsqueeze(-1), a, b) for a, b in pairs))
 
     @property
     def guess(self) -> Guess:
@@ -120,8 +119,10 @@ class Outcome(NamedTuple):
         """Tell where the active sets are not the same."""
         return (self.active != other.active).any(-1) | ((self.fixed != 0) != (other.fixed != 0)).any(-1)
 
-    def exchange(self, index: Tensor, end: End, where: Tensor) -> Outcome:
+    def exchange(self, index: Tensor | None, end: End, where: Tensor) -> Outcome:
         """Write down other ends, whatever was there."""
+        if index is None:
+            return self._exchanged(end, where)
         return self.replace(index, self.take(index)._exchanged(end, where))
 
     def take(self, index: Tensor) -> Outcome:
@@ -184,10 +185,10 @@ def _settle(
     return outcome, (settled.logical_not()).nonzero().squeeze(-1)
 
 
-def _end(program: Program, tried: Guess, phase: _Phase, settings: Settings) -> End:
+def _end(program: Program, tried: Guess, phase: _Phase, settings: Settings, factor: Factor | None = None) -> End:
     """Solve on a guess with the settings of a phase."""
     tol = min(settings.tol, phase.tol)
-    end = condensed_end.solve_on(program, tried, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine)
+    end = condensed_end.solve_on(program, tried, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine, factor=factor)
     if phase.near or not settings.thorough:
         return end
     return end._replace(accepted=end.accepted & end.weak.logical_not())  # which may be duplicates
@@ -243,23 +244,25 @@ def polished(program: Program, outcome: Outcome, settings: Settings) -> tuple[Ou
     if not factor.held.shape[-1] or not outcome.z.shape[0]:
         return outcome, factor
     last = _LAST if program.p.dtype == torch.float64 else _LAST_NATIVE
-    tol = min(settings.tol, last.tol)
-    everything = torch.arange(outcome.z.shape[0], device=factor.held.device)
-    index = factor.sharp.squeeze(-1).nonzero().squeeze(-1) if ask else everything
+    if not ask:
+        end = _end(program, outcome.guess, last, settings, factor)
+        outcome = outcome.exchange(None, end, end.accepted & factor.sharp.squeeze(-1))
+        return outcome, factor
+    index = factor.sharp.squeeze(-1).nonzero().squeeze(-1)
     part, made, before = program.take(index), factor.take(index), outcome
     tried = outcome.take(index).guess
     for _ in range(last.rounds):
-        end = condensed_end.solve_on(part, tried, tol=tol, sign_tol=last.sign_tol, refine=last.refine, factor=made)
+        end = _end(part, tried, last, settings, made)
         taken = end.accepted & made.sharp.squeeze(-1)
         outcome = outcome.exchange(index, end, taken)
-        again = taken.logical_not().nonzero().squeeze(-1) if ask else everything
+        again = taken.logical_not().nonzero().squeeze(-1)
         if not again.numel():
             break
         index, part, tried = index[again], part.take(again), end.corrected.take(again)
-        made = condensed.examined(part, condensed_end.factor_on(part, tried), ask=ask)
-    if ask and not checks.host_bool(outcome.differs(before).any()):
+        made = condensed.examined(part, condensed_end.factor_on(part, tried), ask=True)
+    if not checks.host_bool(outcome.differs(before).any()):
         return outcome, factor
-    return outcome, factored(program, outcome, ask=ask)
+    return outcome, factored(program, outcome, ask=True)
 
 
 def _running(reached: condensed_path.Progress, target: float, state: State) -> Tensor:  # -> (k,) bool

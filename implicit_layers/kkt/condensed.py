@@ -195,9 +195,10 @@ def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Ten
         return u_z, u_y
     root = weight.sqrt().gather(-1, factor.held)
     part = root * quadratic.cholesky_solve(factor.schur, root * rest.gather(-1, factor.held))
-    sharp_y = torch.zeros_like(u_y).scatter(-1, factor.held, part)
-    pulled = factor.column * quadratic.transposed_matvec(E, factor.row * sharp_y)
+    weighted = torch.zeros_like(u_y).scatter(-1, factor.held, part)
+    pulled = factor.column * quadratic.transposed_matvec(E, factor.row * weighted)
     sharp_z = u_z - free * quadratic.cholesky_solve(factor.chol, free * pulled)
+    sharp_y = (1.0 + factor.compliance) * weighted
     return torch.where(factor.sharp, sharp_z, u_z), torch.where(factor.sharp, sharp_y, u_y)
 
 

@@ -10,8 +10,13 @@ E_a the active rows, K this matrix and R = diag(ρ, −δ), one solve with K + R
     H = Q + diag(σ) + ρ I + E_aᵀ diag(1/(δ + c)) E_a      (identity on fixed coordinates),
 
 and each refinement against K itself takes the regularisation away by a factor of about δ over the smallest
-eigenvalue that is not zero. Where K is singular,
-its null space, which splits into directions of z and of y, is taken off the right-hand side and off the answer. That
+eigenvalue that is not zero: fast, unless rows are nearly parallel or curvature nearly vanishes. Where they are, H is
+formed with δ = 1 instead, which keeps every digit, and what is left of the rows by its Schur complement,
+
+    (E_a H⁻¹ E_aᵀ + c) u_y = E_a H⁻¹(r_z + E_aᵀ r_y/(1 + c)) − r_y       (rows and u_y times √(1/(1 + c))),
+
+whose eigenvalues lie between 0 and 1 (by QR of the factor of H on the rows): a sharp factor. Where K is singular, its
+null space, which splits into directions of z and of y, is taken off the right-hand side and off the answer. That
 leaves the solution of least norm of the part that can be solved: of z and y, as long as the columns differ in scale by
 no more than 64 and the rows by no more than 16; beyond that, in the units of `program.equilibrate`.
 
@@ -34,6 +39,9 @@ REFINE = 4  # refinement steps where nothing is singular, those of `solve` besid
 _NULL = 1e-3  # the part of a made-up vector that must be in a null space for it to be there
 _COLLECT = 6  # so many times a vector is brought to the null space
 _CLEAN = 4  # steps that take the rest of the space off a vector of the null space
+_SLOW = 0.03  # the share of an error that one refinement may leave; where it leaves more, the factor must be sharp
+_FAINT = 1e-8  # what is left of the made-up vector where there is nothing slow in it
+_ROUNDING = 16.0  # times size and eps: what keeps the sharp factors positive
 Image = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # v to K v, in two parts
 
 
@@ -56,9 +64,33 @@ class Factor(NamedTuple):
     compliance: Tensor  # (N or 1, m or 1), scaled
     stiffness: Tensor  # (N or 1, n or 1): σ, scaled, 0 unless there is a barrier
     singular: Tensor  # (N,) int8: 1 where directions of z are undetermined, 2 where duals are, 3 where both
+    delta: Tensor  # (N, 1): δ in H; 1 where the factor is sharp
+    held: Tensor  # (N, k) int64: the rows of `schur`; no columns where no factor of the batch is sharp
+    schur: Tensor  # (N, k, k): factor of the Schur complement of these rows; of no meaning where not sharp
+
+    def take(self, index: Tensor) -> Factor:
+        """Keep some programs; what the batch shares stays shared."""
+        batch = self.active.shape[0]
+        return Factor(*(part if part.shape[0] == 1 and batch != 1 else part[index] for part in self))
+
+    def put(self, index: Tensor, part: Factor) -> Factor:
+        """Replace the factors of some programs, without changing what belongs to the data."""
+        batch, most = self.active.shape[0], part.held.shape[-1]
+        room = self
+        if self.held.shape[-1] != most:
+            eye = torch.eye(most, dtype=part.schur.dtype, device=part.schur.device)
+            held = torch.arange(most, device=part.held.device)
+            room = self._replace(held=held.repeat(batch, 1), schur=eye.repeat(batch, 1, 1))
+        return room._replace(**{name: getattr(room, name).index_copy(0, index, getattr(part, name)) for name in _OWN})
+
+    @property
+    def sharp(self) -> Tensor:  # (N, 1) bool
+        """Where the factor is sharp."""
+        return self.delta >= 1.0
 
 
-EVENT_NDIM = (2, 1, 1, 1, 1, 1, 1, 1, 0)
+EVENT_NDIM = (2, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 2)
+_OWN = ("chol", "singular", "delta", "held", "schur")  # what looking closer at a system may change
 
 
 def regularisation(dtype: torch.dtype) -> Regularisation:
@@ -73,8 +105,9 @@ def factorise(
     *,
     compliance: Tensor | None = None,  # (N or 1, m), instead of that of the data
     stiffness: Tensor | None = None,  # (N or 1, n): σ of coordinates that are not fixed
+    ask: bool = False,
 ) -> Factor:
-    """Factor the KKT system on an active set, from nothing else; no host synchronisation."""
+    """Factor the KKT system on an active set, from nothing else; no host synchronisation unless it may `ask`."""
     if compliance is not None:
         data = data._replace(compliance=compliance)
     program = Program.of(data, stiffness)
@@ -83,17 +116,52 @@ def factorise(
     scaled = zero if stiffness is None else stiffness * cost * column**2
     held = active.to(data.p.dtype)
     held = held * program.rows.to(held.dtype)
-    return with_nullity(program, factorise_scaled(program, held, (fixed != 0).to(held.dtype), scaled), ask=False)
+    return examined(program, factorise_scaled(program, held, (fixed != 0).to(held.dtype), scaled), ask=ask)
 
 
 def factorise_scaled(program: Program, active: Tensor, fixed: Tensor, stiffness: Tensor) -> Factor:
-    """Factor H; whether the system is singular is not looked at."""
+    """Factor H; whether the system is singular, or asks for a sharp factor, is not looked at."""
     rho, delta = regularisation(program.p.dtype)
     weight = active / (delta + program.compliance)
     H = assemble(program, weight, (rho + stiffness).expand(fixed.shape), 1.0 - fixed)
     chol, _ = torch.linalg.cholesky_ex(H)
-    singular = torch.zeros(active.shape[0], dtype=torch.int8, device=active.device)
-    return Factor(chol, *program.scaling, active, fixed, program.compliance, stiffness, singular)
+    batch = active.shape[0]
+    singular = torch.zeros(batch, dtype=torch.int8, device=active.device)
+    held = torch.zeros(batch, 0, dtype=torch.int64, device=active.device)
+    parts = active.new_full((batch, 1), delta), held, active.new_zeros(batch, 0, 0)
+    return Factor(chol, *program.scaling, active, fixed, program.compliance, stiffness, singular, *parts)
+
+
+def sharpened(program: Program, factor: Factor, wanted: Tensor, *, ask: bool) -> Factor:
+    """Make the wanted factors sharp, (N,) bool, unless singular; without asking the host with no more than n rows.
+
+    The two regularisations left, of H and of the Schur complement, are of the size of rounding.
+    """
+    active, free, eps = factor.active, 1.0 - factor.fixed, torch.finfo(factor.chol.dtype).eps
+    batch, m, n = active.shape[0], active.shape[-1], free.shape[-1]
+    count = active.sum(-1)
+    most = checks.host_int(count.amax()) if ask else min(m, n)
+    place = torch.arange(m, dtype=active.dtype, device=active.device)
+    held = (m * active - place).topk(most).indices  # what is active first, each in its order
+    weight = active / (1.0 + program.compliance)
+    H = assemble(program, weight, factor.stiffness.expand(batch, n), free)
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(_ROUNDING * n * eps * diagonal.amax(-1, keepdim=True))
+    chol, failed_h = torch.linalg.cholesky_ex(H)
+    root = weight.gather(-1, held).sqrt()
+    rows = program.E.expand(batch, m, n).gather(-2, held.unsqueeze(-1).expand(batch, most, n))
+    half = torch.linalg.solve_triangular(chol, (root.unsqueeze(-1) * rows * free.unsqueeze(-2)).mT, upper=False)
+    soft = program.compliance.expand(batch, m).gather(-1, held).sqrt()
+    below = torch.where(root > 0, soft + _ROUNDING * max(most, 1) * eps, 1.0)  # roots of the diagonal
+    triangle = torch.linalg.qr(torch.cat([half, torch.diag_embed(below)], dim=-2), mode="r").R
+    sharp = wanted & (failed_h == 0) & (factor.singular == 0) & (count <= most)
+    each = sharp.unsqueeze(-1)
+    return factor._replace(
+        chol=torch.where(each.unsqueeze(-1), chol, factor.chol),
+        delta=torch.where(each, 1.0, factor.delta),
+        held=held,
+        schur=torch.where(each.unsqueeze(-1), triangle.mT, torch.eye(most, dtype=half.dtype, device=half.device)),
+    )
 
 
 def assemble(
@@ -117,13 +185,21 @@ def assemble(
 
 def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Tensor, Tensor]:
     """Solve with K + R, in scaled units but with E in its own; zero on what is fixed or inactive."""
-    _, delta = regularisation(factor.chol.dtype)
     free = 1.0 - factor.fixed
-    weight = factor.active / (delta + factor.compliance)
+    weight = factor.active / (factor.delta + factor.compliance)
     pulled = factor.column * quadratic.transposed_matvec(E, factor.row * weight * r_y)
     u_z = free * quadratic.cholesky_solve(factor.chol, free * (r_z + pulled))
-    u_y = weight * (factor.row * quadratic.matvec(E, factor.column * u_z) - r_y)
-    return u_z, u_y
+    rest = factor.row * quadratic.matvec(E, factor.column * u_z) - r_y
+    u_y = weight * rest
+    if not factor.held.shape[-1]:
+        return u_z, u_y
+    root = weight.sqrt().gather(-1, factor.held)
+    part = root * quadratic.cholesky_solve(factor.schur, root * rest.gather(-1, factor.held))
+    weighted = torch.zeros_like(u_y).scatter(-1, factor.held, part)
+    pulled = factor.column * quadratic.transposed_matvec(E, factor.row * weighted)
+    sharp_z = u_z - free * quadratic.cholesky_solve(factor.chol, free * pulled)
+    sharp_y = (1.0 + factor.compliance) * weighted
+    return torch.where(factor.sharp, sharp_z, u_z), torch.where(factor.sharp, sharp_y, u_y)
 
 
 def refined(
@@ -142,7 +218,8 @@ def refined(
     sizes = [r_z.shape[-1], r_y.shape[-1]]
     right = torch.cat([r_z, r_y], dim=-1)
     tiny = torch.finfo(right.dtype).tiny ** 0.5
-    least = 500 * torch.finfo(right.dtype).eps
+    eps = torch.finfo(right.dtype).eps
+    least = torch.where(factor.sharp, 4 * eps, 500 * eps)
     u = torch.zeros_like(right)
     for cycle, count in enumerate((steps, 2)):
         rest = right if cycle == 0 else right - torch.cat(image(*u.split(sizes, dim=-1)), dim=-1)
@@ -177,46 +254,59 @@ def null_part(factor: Factor, E: Tensor, image: Image, v_z: Tensor, v_y: Tensor)
     return n_z - off_z, n_y - off_y
 
 
-def _towards_null(factor: Factor, E: Tensor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply (K + R)⁻¹R twice."""
+def _towards_null(factor: Factor, E: Tensor, v_z: Tensor, v_y: Tensor, times: int = 2) -> tuple[Tensor, Tensor]:
+    """Apply (K + R)⁻¹R, R that of factors that are not sharp."""
     rho, delta = regularisation(factor.chol.dtype)
-    for _ in range(2):
+    for _ in range(times):
         v_z, v_y = solve_once(factor, E, rho * v_z, -delta * v_y)
     return v_z, v_y
 
 
-def with_nullity(program: Program, factor: Factor, *, ask: bool) -> Factor:
-    """Look whether the system is singular, from one fixed vector that no null space is likely to be orthogonal to.
+def examined(program: Program, factor: Factor, *, ask: bool) -> Factor:
+    """Look whether systems are singular or nearly so, and make the factors of the latter sharp.
 
-    `ask`: look closer only where the host sees that some system may be.
+    Both show in what (K + R)⁻¹R, applied a few times, leaves of one fixed vector that no direction is likely to be
+    orthogonal to. `ask`: look closer only at systems where the host sees that they may be.
     """
-    batch, n, m = factor.active.shape[0], factor.fixed.shape[-1], factor.active.shape[-1]
-    free = 1.0 - factor.fixed
-    v_z = free * _probe(n, factor.chol).expand(batch, n)
-    v_y = factor.active * _probe(m, factor.chol).expand(batch, m)
     plain = factor._replace(column=torch.ones_like(factor.column), row=torch.ones_like(factor.row))
-
-    def length(u_z: Tensor, u_y: Tensor) -> Tensor:  # -> (2, N), relative
-        pairs = ((u_z, v_z), (u_y, v_y))
-        parts = [torch.linalg.vector_norm(u, dim=-1) / torch.linalg.vector_norm(v, dim=-1) for u, v in pairs]
-        return torch.nan_to_num(torch.stack(parts), nan=0.0)
-
-    u_z, u_y = _towards_null(plain, program.E, v_z, v_y)
-    if ask and not checks.host_bool((length(u_z, u_y) > _NULL).any()):
+    start = _start(factor)
+    second = _towards_null(plain, program.E, *start)
+    third = _towards_null(plain, program.E, *second, times=1)
+    length, longer, longest = (torch.sqrt((z**2).sum(-1) + (y**2).sum(-1)) for z, y in (third, second, start))
+    slow = (length > _SLOW * longer) & (longer > _FAINT * longest)
+    if not ask:
+        factor = factor._replace(singular=_nullity(program, plain, start))
+        return sharpened(program, factor, slow, ask=False)
+    if not checks.host_bool(slow.any()):
         return factor
+    index = slow.nonzero().squeeze(-1)
+    program, part = program.take(index), factor.take(index)
+    nullity = _nullity(program, plain.take(index), (start[0][index], start[1][index]))
+    return factor.put(index, sharpened(program, part._replace(singular=nullity), slow[index], ask=True))
+
+
+def _start(factor: Factor) -> tuple[Tensor, Tensor]:
+    """Make up a vector on what is free and active."""
+    batch, n, m = factor.active.shape[0], factor.fixed.shape[-1], factor.active.shape[-1]
+    v_z = (1.0 - factor.fixed) * _probe(n, factor.chol).expand(batch, n)
+    return v_z, factor.active * _probe(m, factor.chol).expand(batch, m)
+
+
+def _nullity(program: Program, plain: Factor, start: tuple[Tensor, Tensor]) -> Tensor:  # -> (N,) int8
+    """Tell which systems are singular, and how; `plain` has units 1."""
 
     def image(s_z: Tensor, s_y: Tensor) -> tuple[Tensor, Tensor]:
-        return scaled_image(program, factor, s_z, s_y)
+        return scaled_image(program, plain, s_z, s_y)
 
-    n_z, n_y = null_part(plain, program.E, image, v_z, v_y)
-    primal, dual = (length(n_z, n_y) > _NULL).unbind(0)
+    norm = torch.linalg.vector_norm
+    n_z, n_y = null_part(plain, program.E, image, *start)
+    primal, dual = (norm(n, dim=-1) > _NULL * norm(v, dim=-1) for n, v in zip((n_z, n_y), start, strict=True))
     least = 1e4 * torch.finfo(n_z.dtype).eps
     seen_z, _ = image(torch.zeros_like(n_z), n_y)
     curved, moved = image(n_z, torch.zeros_like(n_y))
-    norm = torch.linalg.vector_norm
     primal = primal & (norm(curved, dim=-1) + norm(moved, dim=-1) <= least * norm(n_z, dim=-1))
-    dual = dual & (norm(seen_z, dim=-1) + norm(factor.compliance * n_y, dim=-1) <= least * norm(n_y, dim=-1))
-    return factor._replace(singular=primal.to(torch.int8) + 2 * dual.to(torch.int8))
+    dual = dual & (norm(seen_z, dim=-1) + norm(plain.compliance * n_y, dim=-1) <= least * norm(n_y, dim=-1))
+    return primal.to(torch.int8) + 2 * dual.to(torch.int8)
 
 
 def scaled_image(program: Program, factor: Factor, v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,8 +375,6 @@ def _without_null(factor: Factor, E: Tensor, image: Image, v_z: Tensor, v_y: Ten
 
 def condition(program: Program, factor: Factor, iterations: int = 4) -> Tensor:  # -> (N,)
     """Estimate |K| |K⁻¹| of the scaled system by a few power steps each: a lower bound; inf where it is singular."""
-    batch, n, m = factor.active.shape[0], factor.fixed.shape[-1], factor.active.shape[-1]
-    free = 1.0 - factor.fixed
     plain = factor._replace(column=torch.ones_like(factor.column), row=torch.ones_like(factor.row))
 
     def image(v_z: Tensor, v_y: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,9 +385,7 @@ def condition(program: Program, factor: Factor, iterations: int = 4) -> Tensor: 
 
     sizes = []
     for apply in (image, inverse):
-        v_z = free * _probe(n, factor.chol).expand(batch, n)
-        v_y = factor.active * _probe(m, factor.chol).expand(batch, m)
-        size = v_z.new_zeros(batch, 1)
+        v_z, v_y = _start(factor)
         for _ in range(iterations):
             length = torch.sqrt((v_z**2).sum(-1, keepdim=True) + (v_y**2).sum(-1, keepdim=True))
             length = torch.where(length > 0, length, 1.0)

@@ -342,7 +342,7 @@ def solve_kkt(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
         )
         Q = quadratic.symmetric(Q)
         if len(parts) == len(_ACTIVE_SET):
-            form, made = condensed, condensed.factorise(_matrices(Q, E, n_eq), *parts)
+            form, made = condensed, condensed.factorise(_matrices(Q, E, n_eq), *parts, ask=settings.synchronises)
         else:
             kind, _ = _FACTORS[len(parts)]
             form, made = (quadratic if kind is quadratic.Factor else condensed), kind(*parts)

@@ -74,12 +74,21 @@ def guess(program: Program, state: State, *, balanced: bool, near: bool) -> Gues
     return Guess(active, fixed, state.z, y)
 
 
-def solve_on(program: Program, tried: Guess, *, tol: float, sign_tol: float, refine: int) -> End:
-    """Solve on the guess, and judge the answer by its KKT conditions."""
+def factor_on(program: Program, tried: Guess) -> Factor:
+    """Factor the system of a guess."""
+    return condensed.factorise_scaled(
+        program, tried.active, (tried.fixed != 0).to(tried.active.dtype), tried.active.new_zeros(1, 1)
+    )
+
+
+def solve_on(
+    program: Program, tried: Guess, *, tol: float, sign_tol: float, refine: int, factor: Factor | None = None
+) -> End:
+    """Solve on the guess, and judge the answer by its KKT conditions; `factor`: that of the guess, if it is there."""
     active, fixed = tried.active, tried.fixed
     free = (fixed == 0).to(active.dtype)
     zero = active.new_zeros(1, 1)
-    factor = condensed.factorise_scaled(program, active, 1.0 - free, zero)
+    factor = factor_on(program, tried) if factor is None else factor
     ones = factor._replace(column=zero + 1.0, row=zero + 1.0)
     z = torch.where(fixed > 0, program.ub, torch.where(fixed < 0, program.lb, tried.z))
     y = active * tried.y

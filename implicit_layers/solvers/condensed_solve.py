@@ -9,6 +9,7 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.kkt import condensed
+from implicit_layers.kkt.condensed import Factor
 from implicit_layers.kkt.program import ActiveSet, Program
 from implicit_layers.solvers import condensed_end, condensed_path
 from implicit_layers.solvers.condensed_end import End, Guess
@@ -58,6 +59,10 @@ _BLIND_NATIVE = (
 )
 
 
+_LAST = _Phase(0.0, 1e-12, 1e-12, 4, balanced=True, near=True, rounds=6)  # with a sharp factor
+_LAST_NATIVE = _Phase(0.0, 2e-6, 2e-6, 4, balanced=True, near=True, rounds=6)
+
+
 class Outcome(NamedTuple):
     """Where the programs ended, scaled units; leading dimension N."""
 
@@ -92,27 +97,33 @@ class Outcome(NamedTuple):
 
     def put(self, index: Tensor | None, end: End, iterations: Tensor | None) -> Outcome:
         """Write down what is better than what is there: verified ends first, then smaller residuals."""
-        old = self if index is None else Outcome(*(field[index] for field in self))
+        old = self if index is None else self.take(index)
         better = (end.accepted & old.exact.logical_not()) | (old.exact.logical_not() & (end.at.residual < old.residual))
         count = old.iterations if iterations is None else torch.where(old.exact, old.iterations, iterations)
-        new = Outcome(
-            end.at.z,
-            end.at.y,
-            end.at.bound,
-            end.guess.active,
-            end.guess.fixed,
-            end.weak,
-            end.at.residual,
-            end.at.absolute,
-            end.accepted,
-            count,
-        )
-        pairs = zip(new[:-1], old[:-1], strict=True)
-        chosen = [torch.where(better if a.ndim == 1 else better.unsqueeze(-1), a, b) for a, b in pairs]
-        chosen.append(count)
+        new = old._exchanged(end, better)._replace(iterations=count)
+        return new if index is None else self.replace(index, new)
+
+    def _exchanged(self, end: End, where: Tensor) -> Outcome:
+        """Take an end instead of what is there."""
+        at, guess = end.at, end.guess
+        new = (at.z, at.y, at.bound, guess.active, guess.fixed, end.weak, at.residual, at.absolute, end.accepted)
+        pairs = zip((*new, self.iterations), self, strict=True)
+        return Outcome(*(torch.where(where if a.ndim == 1 else where.unsqueeze(-1), a, b) for a, b in pairs))
+
+    @property
+    def guess(self) -> Guess:
+        """The active set, and the point on it."""
+        return Guess(self.active, self.fixed, self.z, self.y)
+
+    def differs(self, other: Outcome) -> Tensor:  # -> (N,) bool
+        """Tell where the active sets are not the same."""
+        return (self.active != other.active).any(-1) | ((self.fixed != 0) != (other.fixed != 0)).any(-1)
+
+    def exchange(self, index: Tensor | None, end: End, where: Tensor) -> Outcome:
+        """Write down other ends, whatever was there."""
         if index is None:
-            return Outcome(*chosen)
-        return self.replace(index, Outcome(*chosen))
+            return self._exchanged(end, where)
+        return self.replace(index, self.take(index)._exchanged(end, where))
 
     def take(self, index: Tensor) -> Outcome:
         """Keep some programs."""
@@ -174,10 +185,10 @@ def _settle(
     return outcome, (settled.logical_not()).nonzero().squeeze(-1)
 
 
-def _end(program: Program, tried: Guess, phase: _Phase, settings: Settings) -> End:
+def _end(program: Program, tried: Guess, phase: _Phase, settings: Settings, factor: Factor | None = None) -> End:
     """Solve on a guess with the settings of a phase."""
     tol = min(settings.tol, phase.tol)
-    end = condensed_end.solve_on(program, tried, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine)
+    end = condensed_end.solve_on(program, tried, tol=tol, sign_tol=phase.sign_tol, refine=phase.refine, factor=factor)
     if phase.near or not settings.thorough:
         return end
     return end._replace(accepted=end.accepted & end.weak.logical_not())  # which may be duplicates
@@ -214,11 +225,44 @@ def _without_questions(
 def as_it_is(program: Program, state: State) -> End:
     """Take the path's own point for an answer, with the active set that it suggests."""
     tried = condensed_end.guess(program, state, balanced=True, near=True)
-    at = condensed_path.point(program, state)
     no = torch.zeros_like(state.stuck)
-    zero = state.z.new_zeros(1, 1)
-    factor = condensed.factorise_scaled(program, tried.active, (tried.fixed != 0).to(zero.dtype), zero)
-    return End(at, tried, factor, no, no, tried)
+    return End(condensed_path.point(program, state), tried, condensed_end.factor_on(program, tried), no, no, tried)
+
+
+def factored(program: Program, outcome: Outcome, *, ask: bool) -> Factor:
+    """Factor the system on the active sets found, and look at it closely."""
+    return condensed.examined(program, condensed_end.factor_on(program, outcome.guess), ask=ask)
+
+
+def polished(program: Program, outcome: Outcome, settings: Settings) -> tuple[Outcome, Factor]:
+    """Solve once more where the factor is sharp, since the coarse one misjudged duals there; also the factors.
+
+    Where the active set turns out to be another, it is corrected and everything done again.
+    """
+    ask = settings.check_every > 0
+    factor = factored(program, outcome, ask=ask)
+    if not factor.held.shape[-1] or not outcome.z.shape[0]:
+        return outcome, factor
+    last = _LAST if program.p.dtype == torch.float64 else _LAST_NATIVE
+    if not ask:
+        end = _end(program, outcome.guess, last, settings, factor)
+        outcome = outcome.exchange(None, end, end.accepted & factor.sharp.squeeze(-1))
+        return outcome, factor
+    index = factor.sharp.squeeze(-1).nonzero().squeeze(-1)
+    part, made, before = program.take(index), factor.take(index), outcome
+    tried = outcome.take(index).guess
+    for _ in range(last.rounds):
+        end = _end(part, tried, last, settings, made)
+        taken = end.accepted & made.sharp.squeeze(-1)
+        outcome = outcome.exchange(index, end, taken)
+        again = taken.logical_not().nonzero().squeeze(-1)
+        if not again.numel():
+            break
+        index, part, tried = index[again], part.take(again), end.corrected.take(again)
+        made = condensed.examined(part, condensed_end.factor_on(part, tried), ask=True)
+    if not checks.host_bool(outcome.differs(before).any()):
+        return outcome, factor
+    return outcome, factored(program, outcome, ask=True)
 
 
 def _running(reached: condensed_path.Progress, target: float, state: State) -> Tensor:  # -> (k,) bool

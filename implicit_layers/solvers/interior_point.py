@@ -64,7 +64,7 @@ class QPResult(NamedTuple):
         if isinstance(self.factor, quadratic.Factor) and isinstance(part.factor, quadratic.Factor):
             factor: quadratic.Factor | condensed.Factor = self.factor.put(self.z.shape[0], index, part.factor)
         else:
-            factor = condensed.factorise(data, active, fixed)
+            factor = condensed.factorise(data, active, fixed, ask=True)
         info = SolveInfo(*(merge(a, b) for a, b in zip(self.info, part.info, strict=True)))
         degenerate, condition = merge(self.degenerate, part.degenerate), merge(self.condition, part.condition)
         return QPResult(z, y, bound, active, fixed, factor, degenerate, condition, info)
@@ -220,7 +220,7 @@ class InteriorPoint:
         program = Program.of(data)
         settings = condensed_solve.Settings(tol, self.max_iter, self.check_every)
         outcome = condensed_solve.solve(program, batch, settings, begin)
-        factor = _factor(program, outcome, ask=self.check_every > 0)
+        outcome, factor = condensed_solve.polished(program, outcome, settings)
         plural = torch.zeros_like(outcome.exact)
         suspicious, far = _SUSPECT[program.p.dtype]
         near = outcome.absolute <= far
@@ -260,14 +260,6 @@ def _roughness(data: Data, z: Tensor, y: Tensor) -> Tensor:  # -> (N,)
     return torch.maximum(stationarity, largest(over / torch.where(reach > 0, reach, 1.0)))
 
 
-def _factor(program: Program, outcome: Outcome, *, ask: bool) -> condensed.Factor:
-    """Factor the system on the active sets found."""
-    zero = program.p.new_zeros(1, 1)
-    held = (outcome.fixed != 0).to(zero.dtype)
-    factor = condensed.factorise_scaled(program, outcome.active, held, zero)
-    return condensed.with_nullity(program, factor, ask=ask)
-
-
 def _least_norm(
     data: Data,
     program: Program,
@@ -290,4 +282,4 @@ def _least_norm(
     moved, other = optimal_face.nearest(data.take(index), part, some, factor.singular[index], settings)
     plural[index] = other
     outcome = outcome.replace(index, moved)
-    return outcome, _factor(program, outcome, ask=True), plural
+    return outcome, condensed_solve.factored(program, outcome, ask=True), plural

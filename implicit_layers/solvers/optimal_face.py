@@ -48,7 +48,7 @@ def undetermined(program: Program, sure: Held) -> Tensor:  # -> (k,) bool
     factor = condensed.factorise_scaled(
         program, sure.rows.to(dtype), sure.coordinates.to(dtype), program.p.new_zeros(1, 1)
     )
-    return condensed.with_nullity(program, factor, ask=True).singular & 1 > 0
+    return condensed.examined(program, factor, ask=True).singular & 1 > 0
 
 
 def nearest(

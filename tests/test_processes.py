@@ -22,7 +22,7 @@ torch.save({op.name: pulled(op, leaves(op, (300,), 11)) for op in OPERATIONS}, s
 
 # Two processes with half the batch each, or one with all of it: the gradients that it ends with.
 DISTRIBUTED = """
-import sys, torch
+import os, sys, torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 import implicit_layers as il
@@ -47,6 +47,7 @@ for _ in range(2):  # a second step, since the hooks of the first leave a state
 torch.save([p.grad for p in model.parameters()], out)
 if world > 1:
     distributed.destroy_process_group()
+    os._exit(0)  # threads that gloo leaves behind abort an orderly end of the process now and then
 """
 
 

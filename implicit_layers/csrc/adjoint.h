@@ -95,7 +95,8 @@ class Backward {
             for (long i = 0; i < n; ++i) put(r_z, i, l, g_z ? g_z[b * task.step_g_z + i] : 0.0);
             for (long i = 0; i < p; ++i) put(r_y, i, l, g_nu ? g_nu[b * task.step_g_nu + i] : 0.0);
             const T* G = reinterpret_cast<const T*>(d.G) + b * d.step_G;
-            const double* chol_ineq = task.chol_ineq + b * m * m;
+            const double* chol_ineq = task.chol_ineq + b * d.hold * d.hold;
+            const bool whole = d.hold == m;  // else the active rows have been moved to the front
             const double* across = task.across + b * task.step_across;
             for (long a = 0; a < count; ++a) {
                 const long long i = index[a * W + l];
@@ -105,7 +106,9 @@ class Backward {
                 for (long j = 0; j < n; ++j) put(E, (p + a) * n + j, l, there ? G[i * n + j] : 0.0);
                 for (long j = 0; j < p; ++j) put(X, a * p + j, l, there ? across[j * m + i] : 0.0);
                 for (long c = 0; c <= a; ++c)
-                    put(K, a * count + c, l, there ? chol_ineq[i * m + index[c * W + l]] : a == c ? 1.0 : 0.0);
+                    put(K, a * count + c, l, there ? whole ? chol_ineq[i * m + index[c * W + l]] : chol_ineq[a * d.hold + c]
+                                              : a == c ? 1.0
+                                                       : 0.0);
             }
         }
         for (long i = 0; i < n; ++i) inv_q[i] = 1.0 / L[i * n + i];

@@ -9,6 +9,7 @@ namespace implicit_layers {
 namespace TARGET {
 #include "lanes.h"
 #include "factor.h"
+#include "narrow.h"
 #include "solve.h"
 #include "adjoint.h"
 

@@ -179,7 +179,8 @@ static Team* team = nullptr;
 
 static int useful_threads(const Data& d, long groups, int threads) {
     const double n = double(d.n), m = double(d.n_ineq), rows = double(d.n_eq + d.n_ineq);
-    const double steps = n * n * n / 3 + n * n * rows + n * rows * rows + 2 * m * m * m + 20 * (n * n + n * rows + m * m);
+    const double iteration = d.hold < d.n_ineq ? n * n * m : m * m * m, formed = d.hold < d.n_ineq ? n + d.n_eq : rows;
+    const double steps = n * n * n / 3 + n * n * rows + n * rows * formed + 2 * iteration + 20 * (n * n + n * rows + m * m);
     const double worth = 1.0 + groups * steps * (openmp ? 2e-5 : 4e-6);  // to wake a thread takes as long as so many
     if (threads > worth) threads = int(worth);
     if (threads > groups) threads = int(groups);
@@ -232,7 +233,7 @@ class Numbers {
 };
 
 static void read_data(Numbers& in, Data& d) {
-    d.batch = in.number(), d.n = in.number(), d.n_eq = in.number(), d.n_ineq = in.number();
+    d.batch = in.number(), d.n = in.number(), d.n_eq = in.number(), d.n_ineq = in.number(), d.hold = in.number();
     in.address(d.Q), in.address(d.p), in.address(d.A), in.address(d.b), in.address(d.G), in.address(d.h);
     d.step_Q = in.number(), d.step_p = in.number(), d.step_A = in.number();
     d.step_b = in.number(), d.step_G = in.number(), d.step_h = in.number();
@@ -285,7 +286,7 @@ static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     for (long b = 0; b < batch; ++b) task.settled[b] = 0;
     const Data& d = task.data;
     if (d.step_Q) take_large_pages(task.chol_q, batch * d.n * d.n, sizeof(double));
-    take_large_pages(task.chol_ineq, batch * d.n_ineq * d.n_ineq, sizeof(double));
+    take_large_pages(task.chol_ineq, batch * d.hold * d.hold, sizeof(double));
     if (!finish(is_float ? KERNEL.width(batch).solve_float : KERNEL.width(batch).solve_double, &task, task.data, threads)) return nullptr;
     long settled = 0;
     for (long b = 0; b < batch; ++b) settled += task.settled[b];

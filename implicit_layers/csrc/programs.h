@@ -11,6 +11,7 @@ struct Data {
     const char *Q, *p, *A, *b, *G, *h;                        // of the type of the data
     long step_Q, step_p, step_A, step_b, step_G, step_h;      // in elements
     long batch, n, n_eq, n_ineq;
+    long hold;                                                // n_ineq, or where rows are many at most so many are active
 };
 
 struct Solve {
@@ -19,7 +20,8 @@ struct Solve {
     double tol;
     long max_iter;
     char *z, *nu, *lam, *s, *value, *residual, *condition;    // of the type of the data
-    double *chol_q, *chol_eq, *across, *chol_ineq, *scale;    // (1, …) where all of what it depends on is shared
+    double *chol_q, *chol_eq, *across, *chol_ineq, *scale;    // (1, …) where all of what it depends on is shared;
+                                                              // chol_ineq (batch, hold, hold)
     double* active;                                           // (batch, n_eq + n_ineq)
     long long* iterations;
     signed char* weak;

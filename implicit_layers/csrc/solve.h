@@ -1,4 +1,4 @@
-// The dual form, one program a lane: the same steps as `solvers/dual_path.py` and `solvers/active_set.py`, which say why.
+// One program a lane, in the dual form or, where rows are many, that of `narrow.h`: the same steps as `solvers/dual_path.py` and `solvers/active_set.py`, which say why.
 // Programs that need more than these steps (dependent rows, no solution, a hard path) are left to them.
 
 constexpr double EPS = 2.220446049250313e-16;
@@ -26,12 +26,15 @@ class Group {
 
    public:
     Group(const Solve& task, long group, Room& room)
-        : task(task), d(task.data), n(d.n), p(d.n_eq), m(d.n_ineq), rows(p + m), first(group * W) {
+        : task(task), d(task.data), n(d.n), p(d.n_eq), m(d.n_ineq), rows(p + m), first(group * W), hold(d.hold) {
         used = d.batch - first < W ? int(d.batch - first) : W;
         share_q = d.step_Q == 0;
         share_rows = (p == 0 || d.step_A == 0) && (m == 0 || d.step_G == 0);
-        const long sizes[] = {n * n, (n + rows) * n, rows * n, rows * rows, m * m, m * m};
-        const long vectors = 6 * n + 13 * rows + 12 * m + KEPT;
+        narrow = hold < m;
+        lds = narrow ? p : rows;
+        const long of_form = narrow ? Narrow<V, M>::size(m, n) : m * m;
+        const long sizes[] = {n * n, (n + rows) * n, rows * n, rows * lds, hold * hold, of_form};
+        const long vectors = 6 * n + 13 * rows + 14 * m + KEPT;
         unsigned long total = vectors;
         for (long size : sizes) total += size;
         V* at = reinterpret_cast<V*>(room.take(total * W));
@@ -40,14 +43,16 @@ class Group {
             at += count;
             return mine;
         };
-        Q = part(n * n), tall = part((n + rows) * n), E = part(rows * n), S = part(rows * rows), R = part(m * m), K = part(m * m);
+        Q = part(n * n), tall = part((n + rows) * n), E = part(rows * n), S = part(rows * lds), K = part(hold * hold);
+        R = part(of_form);
+        if (narrow) form = Narrow<V, M>(m, n, R);
         inv_q = part(n), half = part(n), cost = part(n), z = part(n), gradient = part(n), work = part(n);
         f = part(rows), scale = part(rows), touches = part(rows), reach = part(rows), violation = part(rows), inv_eq = part(rows);
         active = part(rows), dual = part(rows), step = part(rows), image = part(rows), y = part(rows), corrected = part(rows);
         spare = part(rows);
         w = part(m), lam = part(m), s = part(m), off = part(m), inv_k = part(m), inv_lam = part(m), inv_s = part(m);
         d_lam = part(m), d_s = part(m), correction = part(m), compact = part(m);
-        kept = part(KEPT);
+        open = part(m), theta = part(m), kept = part(KEPT);
         index = reinterpret_cast<long long*>(part(m));
         H = tall + n * n;
         ready = room.call == room.current;
@@ -59,7 +64,7 @@ class Group {
         set_up();
         if (first == 0 && task.chol_q) write_shared();
         alive = lane_numbers() < all<M>(used);
-        alive &= fit;
+        alive &= fit & ~endless;
         iterations = all<V>(0.0);
         V* guess = active;
         if (task.start) {
@@ -96,15 +101,18 @@ class Group {
    private:
     const Solve& task;
     const Data& d;
-    const long n, p, m, rows, first;
+    const long n, p, m, rows, first, hold;  // room for so many active rows
+    long lds;                               // columns of S: of equality rows alone where rows are many
+    bool narrow;
+    Narrow<V, M> form;
     int used;
     bool share_q, share_rows, ready;
     V *Q, *tall, *E, *S, *R, *K, *H;
     V *inv_q, *half, *cost, *z, *gradient, *work;
     V *f, *scale, *touches, *reach, *violation, *inv_eq, *active, *dual, *step, *image, *y, *corrected, *spare;
-    V *w, *lam, *s, *off, *inv_k, *inv_lam, *inv_s, *d_lam, *d_s, *correction, *compact, *kept;
+    V *w, *lam, *s, *off, *theta, *inv_k, *inv_lam, *inv_s, *d_lam, *d_s, *correction, *compact, *open, *kept;
     long long* index;  // (k, W): the active inequality rows of each lane, -1 where there are no more
-    M alive, fit, inside, stuck;
+    M alive, fit, inside, stuck, endless, no_rows;
     V weakly, residual_;  // of the last answer that was judged
     V iterations, free_norm, unit, curvature, length, pull_size, curve_size, cost_size;
 
@@ -125,6 +133,16 @@ class Group {
         read(cost, d.p, d.step_p, n);
         if (p) read(f, d.b, d.step_b, p);
         if (m) read(f + p, d.h, d.step_h, m);
+        endless = all<V>(0.0) != all<V>(0.0);
+        for (long i = 0; i < m; ++i) {  // a side of +∞ is no row; the matrix may be another program's too
+            const M none = f[p + i] == all<V>(1.0 / 0.0);
+            endless |= none;
+            open[i] = as_number(none);
+        }
+        no_rows = !share_rows || d.step_h == 0 ? endless : as_mask(all<V>(0.0));
+        endless &= ~no_rows;
+        if (any(no_rows))
+            for (long i = 0; i < m; ++i) f[p + i] = as_mask(open[i]) ? all<V>(1.0) : f[p + i];
     }
 
     // Factor what belongs to the matrices; what all programs share once a thread and call.
@@ -141,6 +159,9 @@ class Group {
         if (!old_rows) {
             if (p) read(E, d.A, d.step_A, p * n);
             if (m) read(E + p * n, d.G, d.step_G, m * n);
+            if (any(no_rows))
+                for (long i = 0; i < m; ++i)
+                    for (long j = 0; j < n; ++j) E[(p + i) * n + j] = as_mask(open[i]) ? all<V>(0.0) : E[(p + i) * n + j];
             for (long i = 0; i < rows; ++i) reach[i] = root(inner(E + i * n, E + i * n, n));
         }
         if (!old) {
@@ -155,20 +176,24 @@ class Group {
                 scale[i] = 1.0 / (size > 0.0 ? size : all<V>(1.0));
                 for (long j = 0; j < n; ++j) row[j] *= scale[i];
             }
-            gram(S, rows, H, n, rows, n, false);
+            if (narrow) {
+                gram(S, p, H, n, p, n, false);
+                for (long i = p; i < rows && p; ++i) multiply(S + i * p, H, n, p, n, H + i * n);
+            } else {
+                gram(S, rows, H, n, rows, n, false);
+            }
             const V floor = all<V>(16.0 * p * EPS);
-            const M independent = factorise<V, M>(S, rows, p, rows, 0, inv_eq, &floor, 0);
+            const M independent = factorise<V, M>(S, lds, p, rows, 0, inv_eq, &floor, 0);
             kept[INDEPENDENT] = as_number(independent);
-            for (long i = 0; i < m; ++i)
-                for (long j = 0; j < m && j < i + 4; ++j) R[i * m + j] = S[(p + i) * rows + p + j];
-            if (p) gram(R, m, S + p * rows, rows, m, p, true);
-            for (long i = 0; i < m; ++i)
-                for (long j = i + 1; j < m; ++j) R[i * m + j] = R[j * m + i];
+            if (narrow)
+                form.project(H, p, S, inv_eq, S + p * lds);
+            else
+                project();
             V high = all<V>(0.0), low = all<V>(1.0 / 0.0);
             pivots(tall, n, n, high, low);
             kept[SPREAD_Q] = high / low;
             high = all<V>(0.0), low = all<V>(1.0 / 0.0);
-            pivots(S, rows, p, high, low);
+            pivots(S, lds, p, high, low);
             kept[SPREAD_EQ] = p ? high / low : all<V>(1.0);
         }
         fit = as_mask(kept[DEFINITE]) & as_mask(kept[INDEPENDENT]);
@@ -193,14 +218,33 @@ class Group {
         }
     }
 
+    void project() {  // R: the rows' products, less what the equality rows take
+        for (long i = 0; i < m; ++i)
+            for (long j = 0; j < m && j < i + 4; ++j) R[i * m + j] = S[(p + i) * rows + p + j];
+        if (p) gram(R, m, S + p * rows, rows, m, p, true);
+        for (long i = 0; i < m; ++i)
+            for (long j = i + 1; j < m; ++j) R[i * m + j] = R[j * m + i];
+    }
+
+    // R + Θ of an iteration
+    M factor_sum(const V* theta, const V* inverse_theta) {
+        if (narrow) return form.factor(inverse_theta);
+        const V zero = all<V>(0.0);
+        for (long i = 0; i < m; ++i) {
+            for (long j = 0; j < i; ++j) K[i * m + j] = R[i * m + j];
+            K[i * m + i] = R[i * m + i] + theta[i];
+        }
+        return factorise<V, M>(K, m, m, m, 0, inv_k, &zero, 0);
+    }
+
     void equalities_only() {
         for (long i = 0; i < rows; ++i) active[i] = all<V>(i < p ? 1.0 : 0.0);
     }
 
     void measure_violation() {  // of the inequalities at the minimum on the equalities, in units of the largest
         for (long i = 0; i < p; ++i) spare[i] = violation[i];
-        forward(S, rows, inv_eq, p, spare);
-        multiply(w, S + p * rows, rows, m, p, spare);
+        forward(S, lds, inv_eq, p, spare);
+        multiply(w, S + p * lds, lds, m, p, spare);
         V worst = all<V>(0.0);
         for (long i = 0; i < m; ++i) {
             w[i] -= violation[p + i];
@@ -216,14 +260,16 @@ class Group {
     void begin() {
         const V zero = all<V>(0.0), one = all<V>(1.0);
         for (long i = 0; i < m; ++i) {
-            for (long j = 0; j < i; ++j) K[i * m + j] = R[i * m + j];
-            K[i * m + i] = R[i * m + i] + 1.0;
             d_lam[i] = -(w[i] < 1.0 ? w[i] : one);
+            theta[i] = one;
         }
-        const V floor = zero;
-        factorise<V, M>(K, m, m, m, 0, inv_k, &floor, 0);
-        forward(K, m, inv_k, m, d_lam);
-        backward(K, m, inv_k, m, d_lam);
+        factor_sum(theta, theta);
+        if (narrow) {
+            form.solve(d_lam);
+        } else {
+            forward(K, m, inv_k, m, d_lam);
+            backward(K, m, inv_k, m, d_lam);
+        }
         V highest = zero;
         for (long i = 0; i < m; ++i) highest = largest(d_lam[i], highest);
         const V margin = highest > 0.0 ? highest : one;
@@ -232,7 +278,10 @@ class Group {
             s[i] = largest(-d_lam[i], zero) + margin + (w[i] - near);
             lam[i] = largest(d_lam[i], zero) + margin * (margin / s[i]);
         }
-        multiply(off, R, m, m, m, lam);
+        if (narrow)
+            form.image(off, lam);
+        else
+            multiply(off, R, m, m, m, lam);
         for (long i = 0; i < m; ++i) off[i] += w[i] - s[i];
     }
 
@@ -263,14 +312,19 @@ class Group {
         for (long i = 0; i < m; ++i) {
             inv_lam[i] = 1.0 / lam[i];
             inv_s[i] = 1.0 / s[i];
-            for (long j = 0; j < i; ++j) K[i * m + j] = R[i * m + j];
-            K[i * m + i] = R[i * m + i] + s[i] * inv_lam[i];
+            theta[i] = s[i] * inv_lam[i];
+            correction[i] = lam[i] * inv_s[i];
             d_lam[i] = -s[i] - off[i];
         }
-        const M positive = factorise<V, M>(K, m, m, m, 0, inv_k, &zero, 0);
-        forward(K, m, inv_k, m, d_lam);
-        for (long i = 0; i < m; ++i) compact[i] = d_lam[i];  // L⁻¹ of the first right-hand side serves the second too
-        backward(K, m, inv_k, m, d_lam);
+        const M positive = factor_sum(theta, correction);
+        if (narrow) {
+            for (long i = 0; i < m; ++i) compact[i] = d_lam[i];
+            form.solve(d_lam);
+        } else {
+            forward(K, m, inv_k, m, d_lam);
+            for (long i = 0; i < m; ++i) compact[i] = d_lam[i];  // L⁻¹ of the first right-hand side serves the second
+            backward(K, m, inv_k, m, d_lam);
+        }
         for (long i = 0; i < m; ++i) d_s[i] = -s[i] - s[i] * inv_lam[i] * d_lam[i];
         V move = longest();
         move = move < 1.0 ? move : one;
@@ -279,9 +333,12 @@ class Group {
         affine *= 1.0 / m;
         const V share = affine / measure, centre = share * share * share * measure;
         for (long i = 0; i < m; ++i) correction[i] = d_lam[i] = (centre - d_lam[i] * d_s[i]) * inv_lam[i];
-        forward(K, m, inv_k, m, d_lam);
+        if (!narrow) forward(K, m, inv_k, m, d_lam);
         for (long i = 0; i < m; ++i) d_lam[i] += compact[i];
-        backward(K, m, inv_k, m, d_lam);
+        if (narrow)
+            form.solve(d_lam);
+        else
+            backward(K, m, inv_k, m, d_lam);
         for (long i = 0; i < m; ++i) d_s[i] = correction[i] - s[i] - s[i] * inv_lam[i] * d_lam[i];
         V reachable = TO_BOUNDARY * longest();
         reachable = reachable < 1.0 ? reachable : one;
@@ -307,20 +364,33 @@ class Group {
         for (long i = 0; i < m; ++i) active[p + i] = lam[i] * slacks > s[i] * duals ? all<V>(1.0) : all<V>(0.0);
     }
 
-    // The factor of R on the active rows, those of each lane moved together: K, k x k.
+    // The factor of R on the active rows, those of each lane moved together: K, k x k. More rows than there is
+    // room for depend on each other.
     long factorise_active(M& independent) {
         long count = 0;
         long sizes[W];
+        M crowded = all<V>(0.0) != all<V>(0.0);
         for (int l = 0; l < W; ++l) {
             long k = 0;
             if (alive[l])
                 for (long i = 0; i < m; ++i)
-                    if (active[p + i][l] > 0.0) index[k++ * W + l] = i;
+                    if (active[p + i][l] > 0.0 && k++ < hold) index[(k - 1) * W + l] = i;
+            if (k > hold) crowded[l] = -1, k = 0;
             sizes[l] = k;
             count = k > count ? k : count;
         }
         for (int l = 0; l < W; ++l)
             for (long k = sizes[l]; k < count; ++k) index[k * W + l] = -1;
+        if (narrow)
+            form.template choose<W>(K, hold, index, count);
+        else
+            choose(count);
+        const V floor = all<V>(16.0 * m * EPS);
+        independent = factorise<V, M>(K, hold, count, count, 0, inv_k, &floor, 0) & ~crowded;
+        return count;
+    }
+
+    void choose(long count) {
         const double* from = reinterpret_cast<const double*>(R);
         for (long a = 0; a < count; ++a)
             for (long b = 0; b <= a; ++b) {
@@ -331,16 +401,13 @@ class Group {
                 }
                 K[a * m + b] = entry;
             }
-        const V floor = all<V>(16.0 * m * EPS);
-        independent = factorise<V, M>(K, m, count, count, 0, inv_k, &floor, 0);
-        return count;
     }
 
     // Solve with the Schur complement on the active rows, in scaled units; in place, inactive rows give zero.
     void schur_solve(V* x, long count) {
-        forward(S, rows, inv_eq, p, x);
+        forward(S, lds, inv_eq, p, x);
         if (p) {
-            multiply(spare, S + p * rows, rows, m, p, x);
+            multiply(spare, S + p * lds, lds, m, p, x);
             for (long i = 0; i < m; ++i) x[p + i] -= spare[i];
         }
         for (long a = 0; a < count; ++a)
@@ -348,8 +415,8 @@ class Group {
                 const long long i = index[a * W + l];
                 compact[a][l] = i >= 0 ? x[p + i][l] : 0.0;
             }
-        forward(K, m, inv_k, count, compact);
-        backward(K, m, inv_k, count, compact);
+        forward(K, hold, inv_k, count, compact);
+        backward(K, hold, inv_k, count, compact);
         for (long i = 0; i < m; ++i) x[p + i] = all<V>(0.0);
         for (long a = 0; a < count; ++a)
             for (int l = 0; l < W; ++l) {
@@ -357,9 +424,9 @@ class Group {
                 if (i >= 0) x[p + i][l] = compact[a][l];
             }
         if (p) {
-            multiply_transposed(spare, S + p * rows, rows, m, p, x + p);
+            multiply_transposed(spare, S + p * lds, lds, m, p, x + p);
             for (long i = 0; i < p; ++i) x[i] -= spare[i];
-            backward(S, rows, inv_eq, p, x);
+            backward(S, lds, inv_eq, p, x);
         }
     }
 
@@ -480,7 +547,7 @@ class Group {
         V condition = largest(kept[SPREAD_Q], kept[SPREAD_EQ]);
         if (m) {
             V high = all<V>(0.0), low = all<V>(1.0 / 0.0);
-            pivots(K, m, count, high, low);
+            pivots(K, hold, count, high, low);
             const M some_out = number_active() < all<V>(double(m));  // ones on the diagonal of what is inactive
             high = some_out ? largest(high, all<V>(1.0)) : high;
             low = some_out & (low > 1.0) ? all<V>(1.0) : low;
@@ -497,7 +564,7 @@ class Group {
             accepted &= sum == 0.0;  // too large for the type of the data
         }
         const V value = 0.5 * curvature + inner(cost, z, n);
-        for (long i = 0; i < m; ++i) spare[i] = f[p + i] - image[p + i];
+        for (long i = 0; i < m; ++i) spare[i] = as_mask(open[i]) ? all<V>(1.0 / 0.0) : f[p + i] - image[p + i];
         for (int l = 0; l < W; ++l) {
             if (!accepted[l]) continue;
             const long b = first + l;
@@ -547,25 +614,35 @@ class Group {
     }
 
     void write_rows(long at, int lane) {
-        write_lower(task.chol_eq + at * p * p, S, rows, p, lane);
+        write_lower(task.chol_eq + at * p * p, S, lds, p, lane);
         double* across = task.across + at * p * m;
         for (long i = 0; i < p; ++i)
-            for (long j = 0; j < m; ++j) across[i * m + j] = S[(p + j) * rows + i][lane];
+            for (long j = 0; j < m; ++j) across[i * m + j] = S[(p + j) * lds + i][lane];
         store<W, double>(task.scale + at * rows, scale, lane, rows);
     }
 
     void write_own(long b, int lane, long count) {
         if (!share_q) write_lower(task.chol_q + b * n * n, tall, n, n, lane);
         if (!(share_q && share_rows)) write_rows(b, lane);
-        double* to = task.chol_ineq + b * m * m;
-        for (long i = 0; i < m * m; ++i) to[i] = 0.0;
+        double* to = task.chol_ineq + b * hold * hold;
+        for (long i = 0; i < hold * hold; ++i) to[i] = 0.0;
+        if (narrow) return write_compact(to, lane, count);
         for (long i = 0; i < m; ++i)
             if (!(active[p + i][lane] > 0.0)) to[i * m + i] = 1.0;
         const double* in = reinterpret_cast<const double*>(K);
         for (long a = 0; a < count; ++a) {
             const long long i = index[a * W + lane];
             if (i < 0) break;
-            for (long c = 0; c <= a; ++c) to[i * m + index[c * W + lane]] = in[(a * m + c) * W + lane];
+            for (long c = 0; c <= a; ++c) to[i * m + index[c * W + lane]] = in[(a * hold + c) * W + lane];
+        }
+    }
+
+    void write_compact(double* to, int lane, long count) {  // the active rows moved to the front
+        const double* in = reinterpret_cast<const double*>(K);
+        for (long a = 0; a < hold; ++a) {
+            to[a * hold + a] = 1.0;
+            if (a < count && index[a * W + lane] >= 0)
+                for (long c = 0; c <= a; ++c) to[a * hold + c] = in[(a * hold + c) * W + lane];
         }
     }
 };

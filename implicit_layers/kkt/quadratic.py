@@ -38,15 +38,33 @@ class Factor(NamedTuple):
     """Cholesky factors of the KKT system on an active set; leading dimensions broadcast.
 
     The Schur complement of the active rows, D E_a Q⁻¹ E_aᵀ D with ones on the diagonal of inactive rows, has the factor
-    [[C_e, 0], [Xᵀ, C_i]], equality rows first.
+    [[C_e, 0], [Xᵀ, C_i]], equality rows first. Where r < n_ineq, C_i is that of the active inequalities alone, in their
+    order, with ones on the diagonal of what is left.
     """
 
     chol_q: Tensor  # (*B, n, n): Q = L Lᵀ
     chol_eq: Tensor  # (*B, n_eq, n_eq): C_e
     across: Tensor  # (*B, n_eq, n_ineq): X; its inactive columns do not count
-    chol_ineq: Tensor  # (*B, n_ineq, n_ineq): C_i
+    chol_ineq: Tensor  # (*B, r, r): C_i; r = n_ineq, or less
     scale: Tensor  # (*B, m): D, which gives the rows of D E Q⁻¹ Eᵀ D unit diagonal
     active: Tensor  # (*B, m): 1 on equality rows and active inequality rows, else 0
+
+    @property
+    def places(self) -> Tensor:  # (*B, r)
+        """The inequality that each row of C_i belongs to; where there are fewer active ones, any others follow."""
+        n_eq, r = self.chol_eq.shape[-1], self.chol_ineq.shape[-1]
+        return torch.argsort(self.active[..., n_eq:], dim=-1, descending=True, stable=True)[..., :r]
+
+    def whole(self) -> Factor:
+        """The same with a row of C_i for every inequality."""
+        n_ineq = self.across.shape[-1]
+        if self.chol_ineq.shape[-1] == n_ineq:
+            return self
+        places = self.places
+        spread = torch.nn.functional.one_hot(places, n_ineq).to(self.chol_ineq.dtype)  # (*B, r, n_ineq)
+        full = spread.mT @ self.chol_ineq @ spread
+        full.diagonal(dim1=-2, dim2=-1).add_(1.0 - spread.sum(-2))
+        return self._replace(chol_ineq=full)
 
     def put(self, batch: int, index: Tensor, part: Factor) -> Factor:
         """Replace the factors of the programs `index`, all with one batch dimension; what both share stays shared."""
@@ -217,15 +235,23 @@ def schur_solve(factor: Factor, vector: Tensor) -> Tensor:  # (N, m) -> (N, m)
     """Solve with the Schur complement on the active rows, in scaled units; inactive rows give zero."""
     n_eq = factor.chol_eq.shape[-1]
     if n_eq == 0:
-        return cholesky_solve(factor.chol_ineq, factor.active * vector)
+        return _solve_active(factor, factor.active * vector)
     sizes = [n_eq, factor.chol_ineq.shape[-1]]
     right_eq, right_ineq = vector.split(sizes, dim=-1)
     _, chosen = factor.active.split(sizes, dim=-1)
     first = triangular_solve(factor.chol_eq, right_eq)
     second = chosen * (right_ineq - transposed_matvec(factor.across, first))
-    y_ineq = cholesky_solve(factor.chol_ineq, second)
+    y_ineq = _solve_active(factor, second)
     y_eq = triangular_solve(factor.chol_eq, first - matvec(factor.across, y_ineq), transposed=True)
     return torch.cat([y_eq, y_ineq], dim=-1)
+
+
+def _solve_active(factor: Factor, right: Tensor) -> Tensor:  # (N, n_ineq) -> (N, n_ineq)
+    """Solve with C_i; `right` is zero on inactive rows."""
+    if factor.chol_ineq.shape[-1] == right.shape[-1]:
+        return cholesky_solve(factor.chol_ineq, right)
+    places = factor.places.expand(right.shape[0], -1)
+    return torch.zeros_like(right).scatter(-1, places, cholesky_solve(factor.chol_ineq, right.gather(-1, places)))
 
 
 def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Tensor, Tensor]:

@@ -230,7 +230,7 @@ def _solve_the_rest(
     info = SolveInfo(flat(torch.zeros_like(settled.weak)), done, flat(settled.iterations), flat(settled.residual).to(z))
     factor = quadratic.Factor(
         *(quadratic.unexpand(t, k, batch) for t, k in zip(settled.factor, quadratic.EVENT_NDIM, strict=True))
-    )
+    ).whole()
     result = QPResult(
         z, y, zero, flat(settled.factor.active), zero, factor, flat(settled.weak), flat(settled.condition).to(z), info
     )

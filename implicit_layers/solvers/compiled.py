@@ -1,4 +1,4 @@
-"""The compiled solver for small and medium dense programs on the CPU: the dual form, several programs side by side.
+"""The compiled solver for small and medium dense programs on the CPU, several programs side by side.
 
 Its steps are those of `dual_path` and `active_set`, for the whole of a program at a time, in the cache, one program in
 each lane of the processor's registers, the programs of a batch shared by threads. It settles what those steps settle
@@ -27,6 +27,8 @@ except ImportError:  # built without a compiler
 
 _MOST_UNKNOWNS = 160  # beyond which a program no longer fits the cache, and the libraries behind PyTorch are faster
 _MOST_ROWS = 200
+_MOST_ENTRIES = 40_000  # of the rows' matrix, where there are more of them
+_NARROW = 2.0  # inequalities for each unknown from which an iteration factors a matrix of the unknowns' size
 _VECTORS = (0, 1, 0, 1, 0, 1)
 
 
@@ -70,10 +72,18 @@ def required() -> None:
 
 def fits(Q: Tensor, A: Tensor, G: Tensor) -> bool:
     """Tell whether the kernel is there and made for programs of that kind."""
-    n, rows = Q.shape[-1], A.shape[-2] + G.shape[-2]
-    if _kernel is None or n > _MOST_UNKNOWNS or rows > _MOST_ROWS or Q.numel() == 0:
+    n, n_eq, n_ineq = Q.shape[-1], A.shape[-2], G.shape[-2]
+    if _kernel is None or n > _MOST_UNKNOWNS or Q.numel() == 0:
+        return False
+    rows = n_eq + n_ineq
+    if rows > _MOST_ROWS and (_room(n, n_ineq) == n_ineq or n_eq > n or rows * n > _MOST_ENTRIES):
         return False
     return Q.device.type == "cpu" and Q.dtype in (torch.float32, torch.float64)
+
+
+def _room(n: int, n_ineq: int) -> int:
+    """Say how many active inequalities the factors have room for: all, or where they are many as many as unknowns."""
+    return n if n_ineq >= _NARROW * n and n_ineq > n else n_ineq
 
 
 def solve(
@@ -82,6 +92,7 @@ def solve(
     """Solve a batch of programs Q, p, A, b, G, h, each (*B or 1s, ...); `start`: active rows to try first, (N, m)."""
     Q, _, A, _, G, _ = data
     count, n, n_eq, n_ineq = batch.numel(), Q.shape[-1], A.shape[-2], G.shape[-2]
+    hold = _room(n, n_ineq)
     kept = [_flat(tensor, 2 - vector, batch) for tensor, vector in zip(data, _VECTORS, strict=True)]
     shared_q = kept[0][1] == 0
     shared = shared_q and (n_eq == 0 or kept[2][1] == 0) and (n_ineq == 0 or kept[4][1] == 0)
@@ -94,7 +105,7 @@ def solve(
     chol_q = torch.empty((*of_q, n, n), dtype=double)
     chol_eq = torch.empty((*of_rows, n_eq, n_eq), dtype=double)
     across = torch.empty((*of_rows, n_eq, n_ineq), dtype=double)
-    chol_ineq = torch.empty((*batch, n_ineq, n_ineq), dtype=double)
+    chol_ineq = torch.empty((*batch, hold, hold), dtype=double)
     scale = torch.empty((*of_rows, n_eq + n_ineq), dtype=double)
     active = torch.empty((*batch, n_eq + n_ineq), dtype=double)
     iterations = torch.empty(batch, dtype=torch.int64)
@@ -103,7 +114,7 @@ def solve(
     settled = _kernel.solve(
         Q.dtype == torch.float32,
         torch.get_num_threads(),
-        *(count, n, n_eq, n_ineq),
+        *(count, n, n_eq, n_ineq, hold),
         *(tensor.data_ptr() for tensor, _ in kept),
         *(step for _, step in kept),
         0 if start is None else start.data_ptr(),
@@ -153,7 +164,7 @@ def adjoint(
     good = _kernel.adjoint(
         Q.dtype == torch.float32,
         torch.get_num_threads(),
-        *(count, n, n_eq, n_ineq),
+        *(count, n, n_eq, n_ineq, factor.chol_ineq.shape[-1]),
         *(q.data_ptr(), zero, a.data_ptr(), zero, g.data_ptr(), zero),
         *(step_q, zero, step_a, zero, step_g, zero),
         *(t.data_ptr() for t, _ in parts),

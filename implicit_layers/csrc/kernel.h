@@ -9,6 +9,8 @@ namespace implicit_layers {
 namespace TARGET {
 #include "lanes.h"
 #include "factor.h"
+#include "measures.h"
+#include "wide.h"
 #include "narrow.h"
 #include "solve.h"
 #include "adjoint.h"

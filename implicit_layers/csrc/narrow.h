@@ -85,13 +85,14 @@ class Narrow {
         return factorise<V, M>(N, n, n, n, 0, inverse, &zero, 0);
     }
 
-    void solve(V* x) {
-        for (long i = 0; i < m; ++i) pushed[i] = weight[i] * x[i];
-        multiply_transposed(pull, B, n, m, n, pushed);
-        forward(N, n, inverse, n, pull);
-        backward(N, n, inverse, n, pull);
-        multiply(pushed, B, n, m, n, pull);
-        for (long i = 0; i < m; ++i) x[i] = weight[i] * (x[i] - pushed[i]);
+    void solve(V* x, V* between) {  // keeps x
+        for (long i = 0; i < m; ++i) between[i] = x[i];
+        solve(x);
+    }
+
+    void solve_sum(V* x, const V* between) {  // of x and what came before
+        for (long i = 0; i < m; ++i) x[i] += between[i];
+        solve(x);
     }
 
     void image(V* to, const V* x) {  // R x
@@ -118,4 +119,13 @@ class Narrow {
    private:
     long m = 0, n = 0;
     V *B = nullptr, *N = nullptr, *inverse = nullptr, *pull = nullptr, *weight = nullptr, *pushed = nullptr;
+
+    void solve(V* x) {
+        for (long i = 0; i < m; ++i) pushed[i] = weight[i] * x[i];
+        multiply_transposed(pull, B, n, m, n, pushed);
+        forward(N, n, inverse, n, pull);
+        backward(N, n, inverse, n, pull);
+        multiply(pushed, B, n, m, n, pull);
+        for (long i = 0; i < m; ++i) x[i] = weight[i] * (x[i] - pushed[i]);
+    }
 };

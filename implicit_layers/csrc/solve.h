@@ -1,24 +1,6 @@
 // One program a lane, in the dual form or, where rows are many, that of `narrow.h`: the same steps as `solvers/dual_path.py` and `solvers/active_set.py`, which say why.
 // Programs that need more than these steps (dependent rows, no solution, a hard path) are left to them.
 
-constexpr double EPS = 2.220446049250313e-16;
-constexpr double TINY = 2.2250738585072014e-308;
-constexpr double BEST = 1e-12;    // a residual above it is not good enough here
-constexpr long LONG_PATH = 20;    // iterations after which another form may do better
-constexpr double WEAK = 1e-11;
-constexpr double TO_BOUNDARY = 0.995;
-constexpr double SHORTEST = 1e-8;
-
-// What `set_up` finds out of the matrices, kept beside them where the programs share them.
-enum { DEFINITE, INDEPENDENT, SPREAD_Q, SPREAD_EQ, KEPT };
-
-struct Phase {
-    double measure, sign_tol;
-    int refine;
-    bool balanced;
-};
-constexpr Phase PHASES[] = {{1e-3, 1e-14, 1, true}, {1e-6, 1e-14, 1, false}, {1e-9, 1e-13, 2, true}, {1e-12, 1e-12, 4, false}};
-
 template <int W, class T>
 class Group {
     typedef Number<W> V;
@@ -32,7 +14,7 @@ class Group {
         share_rows = (p == 0 || d.step_A == 0) && (m == 0 || d.step_G == 0);
         narrow = hold < m;
         lds = narrow ? p : rows;
-        const long of_form = narrow ? Narrow<V, M>::size(m, n) : m * m;
+        const long of_form = narrow ? Narrow<V, M>::size(m, n) : Wide<V, M>::size(m);
         const long sizes[] = {n * n, (n + rows) * n, rows * n, rows * lds, hold * hold, of_form};
         const long vectors = 6 * n + 13 * rows + 14 * m + KEPT;
         unsigned long total = vectors;
@@ -44,8 +26,7 @@ class Group {
             return mine;
         };
         Q = part(n * n), tall = part((n + rows) * n), E = part(rows * n), S = part(rows * lds), K = part(hold * hold);
-        R = part(of_form);
-        if (narrow) form = Narrow<V, M>(m, n, R);
+        V* const memory = part(of_form);
         inv_q = part(n), half = part(n), cost = part(n), z = part(n), gradient = part(n), work = part(n);
         f = part(rows), scale = part(rows), touches = part(rows), reach = part(rows), violation = part(rows), inv_eq = part(rows);
         active = part(rows), dual = part(rows), step = part(rows), image = part(rows), y = part(rows), corrected = part(rows);
@@ -55,6 +36,10 @@ class Group {
         open = part(m), theta = part(m), kept = part(KEPT);
         index = reinterpret_cast<long long*>(part(m));
         H = tall + n * n;
+        if (narrow)
+            slim = Narrow<V, M>(m, n, memory);
+        else
+            wide = Wide<V, M>(m, memory, K, inv_k);
         ready = room.call == room.current;
         room.call = room.current;
     }
@@ -104,10 +89,11 @@ class Group {
     const long n, p, m, rows, first, hold;  // room for so many active rows
     long lds;                               // columns of S: of equality rows alone where rows are many
     bool narrow;
-    Narrow<V, M> form;
+    Narrow<V, M> slim;
+    Wide<V, M> wide;
     int used;
     bool share_q, share_rows, ready;
-    V *Q, *tall, *E, *S, *R, *K, *H;
+    V *Q, *tall, *E, *S, *K, *H;
     V *inv_q, *half, *cost, *z, *gradient, *work;
     V *f, *scale, *touches, *reach, *violation, *inv_eq, *active, *dual, *step, *image, *y, *corrected, *spare;
     V *w, *lam, *s, *off, *theta, *inv_k, *inv_lam, *inv_s, *d_lam, *d_s, *correction, *compact, *open, *kept;
@@ -186,9 +172,9 @@ class Group {
             const M independent = factorise<V, M>(S, lds, p, rows, 0, inv_eq, &floor, 0);
             kept[INDEPENDENT] = as_number(independent);
             if (narrow)
-                form.project(H, p, S, inv_eq, S + p * lds);
+                slim.project(H, p, S, inv_eq, S + p * lds);
             else
-                project();
+                wide.project(S, p, rows);
             V high = all<V>(0.0), low = all<V>(1.0 / 0.0);
             pivots(tall, n, n, high, low);
             kept[SPREAD_Q] = high / low;
@@ -210,32 +196,11 @@ class Group {
 
     static V as_number(M mask) { return mask ? all<V>(1.0) : all<V>(0.0); }
     static M as_mask(V number) { return number > 0.5; }
-    static void pivots(const V* factor, long ld, long count, V& high, V& low) {
-        for (long i = 0; i < count; ++i) {
-            const V pivot = factor[i * ld + i] * factor[i * ld + i];
-            high = largest(pivot, high);
-            low = pivot < low ? pivot : low;
-        }
-    }
 
-    void project() {  // R: the rows' products, less what the equality rows take
-        for (long i = 0; i < m; ++i)
-            for (long j = 0; j < m && j < i + 4; ++j) R[i * m + j] = S[(p + i) * rows + p + j];
-        if (p) gram(R, m, S + p * rows, rows, m, p, true);
-        for (long i = 0; i < m; ++i)
-            for (long j = i + 1; j < m; ++j) R[i * m + j] = R[j * m + i];
-    }
-
-    // R + Θ of an iteration
-    M factor_sum(const V* theta, const V* inverse_theta) {
-        if (narrow) return form.factor(inverse_theta);
-        const V zero = all<V>(0.0);
-        for (long i = 0; i < m; ++i) {
-            for (long j = 0; j < i; ++j) K[i * m + j] = R[i * m + j];
-            K[i * m + i] = R[i * m + i] + theta[i];
-        }
-        return factorise<V, M>(K, m, m, m, 0, inv_k, &zero, 0);
-    }
+    // R + Θ of an iteration, and solves with it: for a first right-hand side, and for the sum of that and a second.
+    M factor(const V* theta, const V* inverse_theta) { return narrow ? slim.factor(inverse_theta) : wide.factor(theta); }
+    void solve(V* x, V* between) { narrow ? slim.solve(x, between) : wide.solve(x, between); }
+    void solve_sum(V* x, const V* between) { narrow ? slim.solve_sum(x, between) : wide.solve_sum(x, between); }
 
     void equalities_only() {
         for (long i = 0; i < rows; ++i) active[i] = all<V>(i < p ? 1.0 : 0.0);
@@ -263,13 +228,8 @@ class Group {
             d_lam[i] = -(w[i] < 1.0 ? w[i] : one);
             theta[i] = one;
         }
-        factor_sum(theta, theta);
-        if (narrow) {
-            form.solve(d_lam);
-        } else {
-            forward(K, m, inv_k, m, d_lam);
-            backward(K, m, inv_k, m, d_lam);
-        }
+        factor(theta, theta);
+        solve(d_lam, compact);
         V highest = zero;
         for (long i = 0; i < m; ++i) highest = largest(d_lam[i], highest);
         const V margin = highest > 0.0 ? highest : one;
@@ -279,9 +239,9 @@ class Group {
             lam[i] = largest(d_lam[i], zero) + margin * (margin / s[i]);
         }
         if (narrow)
-            form.image(off, lam);
+            slim.image(off, lam);
         else
-            multiply(off, R, m, m, m, lam);
+            wide.image(off, lam);
         for (long i = 0; i < m; ++i) off[i] += w[i] - s[i];
     }
 
@@ -316,15 +276,8 @@ class Group {
             correction[i] = lam[i] * inv_s[i];
             d_lam[i] = -s[i] - off[i];
         }
-        const M positive = factor_sum(theta, correction);
-        if (narrow) {
-            for (long i = 0; i < m; ++i) compact[i] = d_lam[i];
-            form.solve(d_lam);
-        } else {
-            forward(K, m, inv_k, m, d_lam);
-            for (long i = 0; i < m; ++i) compact[i] = d_lam[i];  // L⁻¹ of the first right-hand side serves the second
-            backward(K, m, inv_k, m, d_lam);
-        }
+        const M positive = factor(theta, correction);
+        solve(d_lam, compact);
         for (long i = 0; i < m; ++i) d_s[i] = -s[i] - s[i] * inv_lam[i] * d_lam[i];
         V move = longest();
         move = move < 1.0 ? move : one;
@@ -333,12 +286,7 @@ class Group {
         affine *= 1.0 / m;
         const V share = affine / measure, centre = share * share * share * measure;
         for (long i = 0; i < m; ++i) correction[i] = d_lam[i] = (centre - d_lam[i] * d_s[i]) * inv_lam[i];
-        if (!narrow) forward(K, m, inv_k, m, d_lam);
-        for (long i = 0; i < m; ++i) d_lam[i] += compact[i];
-        if (narrow)
-            form.solve(d_lam);
-        else
-            backward(K, m, inv_k, m, d_lam);
+        solve_sum(d_lam, compact);
         for (long i = 0; i < m; ++i) d_s[i] = correction[i] - s[i] - s[i] * inv_lam[i] * d_lam[i];
         V reachable = TO_BOUNDARY * longest();
         reachable = reachable < 1.0 ? reachable : one;
@@ -382,25 +330,12 @@ class Group {
         for (int l = 0; l < W; ++l)
             for (long k = sizes[l]; k < count; ++k) index[k * W + l] = -1;
         if (narrow)
-            form.template choose<W>(K, hold, index, count);
+            slim.template choose<W>(K, hold, index, count);
         else
-            choose(count);
+            wide.template choose<W>(K, hold, index, count);
         const V floor = all<V>(16.0 * m * EPS);
         independent = factorise<V, M>(K, hold, count, count, 0, inv_k, &floor, 0) & ~crowded;
         return count;
-    }
-
-    void choose(long count) {
-        const double* from = reinterpret_cast<const double*>(R);
-        for (long a = 0; a < count; ++a)
-            for (long b = 0; b <= a; ++b) {
-                V entry = all<V>(a == b ? 1.0 : 0.0);
-                for (int l = 0; l < W; ++l) {
-                    const long long i = index[a * W + l];
-                    if (i >= 0) entry[l] = from[(i * m + index[b * W + l]) * W + l];
-                }
-                K[a * m + b] = entry;
-            }
     }
 
     // Solve with the Schur complement on the active rows, in scaled units; in place, inactive rows give zero.
@@ -445,11 +380,6 @@ class Group {
         }
         multiply(image, E, n, rows, n, z);
     }
-
-    static V ratio(V value, V size) {  // NaN stays NaN
-        return value == 0.0 ? all<V>(0.0) : value / (size > TINY ? size : all<V>(TINY));
-    }
-    static V worst(V a, V b) { return (a > b) | (a != a) ? a : b; }  // a NaN wins
 
     V relative_residual() {
         for (long i = 0; i < n; ++i) work[i] = gradient[i];

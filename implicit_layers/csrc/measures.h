@@ -1,0 +1,36 @@
+// Limits, the stages of a solve, and how sizes are compared.
+
+constexpr double EPS = 2.220446049250313e-16;
+constexpr double TINY = 2.2250738585072014e-308;
+constexpr double BEST = 1e-12;    // a residual above it is not good enough here
+constexpr long LONG_PATH = 20;    // iterations after which another form may do better
+constexpr double WEAK = 1e-11;
+constexpr double TO_BOUNDARY = 0.995;
+constexpr double SHORTEST = 1e-8;
+
+// What `set_up` finds out of the matrices, kept beside them where the programs share them.
+enum { DEFINITE, INDEPENDENT, SPREAD_Q, SPREAD_EQ, KEPT };
+
+struct Phase {
+    double measure, sign_tol;
+    int refine;
+    bool balanced;
+};
+constexpr Phase PHASES[] = {{1e-3, 1e-14, 1, true}, {1e-6, 1e-14, 1, false}, {1e-9, 1e-13, 2, true}, {1e-12, 1e-12, 4, false}};
+
+template <class V>
+INLINE V ratio(V value, V size) {  // NaN stays NaN
+    return value == 0.0 ? all<V>(0.0) : value / (size > TINY ? size : all<V>(TINY));
+}
+
+template <class V>
+INLINE V worst(V a, V b) { return (a > b) | (a != a) ? a : b; }  // a NaN wins
+
+template <class V>
+void pivots(const V* factor, long ld, long count, V& high, V& low) {
+    for (long i = 0; i < count; ++i) {
+        const V pivot = factor[i * ld + i] * factor[i * ld + i];
+        high = largest(pivot, high);
+        low = pivot < low ? pivot : low;
+    }
+}

@@ -32,10 +32,11 @@ TEST = [
 # The compiled solver of small quadratic programs: without a C++ compiler the package installs without it, and works.
 # Which instructions it uses is chosen when it runs, so a wheel made on one processor is right on another.
 SOURCES = "implicit_layers/csrc"
+HEADERS = ("adjoint", "factor", "kernel", "lanes", "measures", "narrow", "programs", "solve", "wide")
 KERNEL = Extension(
     "implicit_layers._kernel",
     sources=[f"{SOURCES}/module.cpp"],
-    depends=[f"{SOURCES}/{name}.h" for name in ("adjoint", "factor", "kernel", "lanes", "programs", "solve")],
+    depends=[f"{SOURCES}/{name}.h" for name in HEADERS],
     extra_compile_args=[
         "-O3",
         "-std=c++17",

@@ -236,7 +236,7 @@ def schur_solve(factor: Factor, vector: Tensor) -> Tensor:  # (N, m) -> (N, m)
     n_eq = factor.chol_eq.shape[-1]
     if n_eq == 0:
         return _solve_active(factor, factor.active * vector)
-    sizes = [n_eq, factor.chol_ineq.shape[-1]]
+    sizes = [n_eq, factor.across.shape[-1]]
     right_eq, right_ineq = vector.split(sizes, dim=-1)
     _, chosen = factor.active.split(sizes, dim=-1)
     first = triangular_solve(factor.chol_eq, right_eq)

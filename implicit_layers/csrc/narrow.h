@@ -55,14 +55,17 @@ template <class V, class M>
 class Narrow {
    public:
     Narrow() = default;
-    Narrow(long m, long n, V* memory) : m(m), n(n) {
-        B = memory, N = B + m * n, inverse = N + n * n, pull = inverse + n, weight = pull + n, pushed = weight + m;
+    // Without equality rows B is `rows` itself; else they are not read here.
+    Narrow(long m, long n, long p, const V* rows, V* memory) : m(m), n(n) {
+        N = memory, inverse = N + n * n, pull = inverse + n, weight = pull + n, pushed = weight + m, own = pushed + m;
+        B = p ? own : rows;
     }
-    static long size(long m, long n) { return m * n + n * n + 2 * n + 2 * m; }
+    static long size(long m, long n, long p) { return (p ? m * n : 0) + n * n + 2 * n + 2 * m; }
 
     // B from the rows H = (equality rows, others) of length 1 and the columns X = (C⁻¹ H_e) H_iᵀ, kept as Xᵀ with `p`
     // columns; C is the factor of H_e H_eᵀ.
     void project(const V* H, long p, const V* C, const V* inv_c, const V* X) {
+        if (B != own) return;
         V* across = N;  // C⁻¹ H_e, p x n: at most n rows are independent
         const long count = p < n ? p : n;
         for (long i = 0; i < count; ++i)
@@ -73,7 +76,7 @@ class Narrow {
             }
         for (long i = 0; i < m; ++i) {
             multiply_transposed(pull, across, n, count, n, X + i * p);
-            for (long j = 0; j < n; ++j) B[i * n + j] = H[(p + i) * n + j] - pull[j];
+            for (long j = 0; j < n; ++j) own[i * n + j] = H[(p + i) * n + j] - pull[j];
         }
     }
 
@@ -118,7 +121,8 @@ class Narrow {
 
    private:
     long m = 0, n = 0;
-    V *B = nullptr, *N = nullptr, *inverse = nullptr, *pull = nullptr, *weight = nullptr, *pushed = nullptr;
+    const V* B = nullptr;  // m x n
+    V *own = nullptr, *N = nullptr, *inverse = nullptr, *pull = nullptr, *weight = nullptr, *pushed = nullptr;
 
     void solve(V* x) {
         for (long i = 0; i < m; ++i) pushed[i] = weight[i] * x[i];

@@ -14,7 +14,7 @@ class Group {
         share_rows = (p == 0 || d.step_A == 0) && (m == 0 || d.step_G == 0);
         narrow = hold < m;
         lds = narrow ? p : rows;
-        const long of_form = narrow ? Narrow<V, M>::size(m, n) : Wide<V, M>::size(m);
+        const long of_form = narrow ? Narrow<V, M>::size(m, n, p) : Wide<V, M>::size(m);
         const long sizes[] = {n * n, (n + rows) * n, rows * n, rows * lds, hold * hold, of_form};
         const long vectors = 6 * n + 13 * rows + 14 * m + KEPT;
         unsigned long total = vectors;
@@ -37,7 +37,7 @@ class Group {
         index = reinterpret_cast<long long*>(part(m));
         H = tall + n * n;
         if (narrow)
-            slim = Narrow<V, M>(m, n, memory);
+            slim = Narrow<V, M>(m, n, p, H, memory);
         else
             wide = Wide<V, M>(m, memory, K, inv_k);
         ready = room.call == room.current;

@@ -1,5 +1,6 @@
-// One program a lane, in the dual form or, where rows are many, that of `narrow.h`: the same steps as `solvers/dual_path.py` and `solvers/active_set.py`, which say why.
-// Programs that need more than these steps (dependent rows, no solution, a hard path) are left to them.
+// One program a lane, in the form of `wide.h` or that of `narrow.h`: the same steps as `solvers/dual_path.py` and
+// `solvers/active_set.py`, which say why. Programs that need more than these steps (dependent rows, no solution, a hard
+// path) are left to them.
 
 template <int W, class T>
 class Group {

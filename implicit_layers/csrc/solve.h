@@ -4,6 +4,7 @@
 constexpr double EPS = 2.220446049250313e-16;
 constexpr double TINY = 2.2250738585072014e-308;
 constexpr double BEST = 1e-12;    // a residual above it is not good enough here
+constexpr double STEEP = 1e10;    // a condition above it costs digits that the residual does not show
 constexpr long LONG_PATH = 20;    // iterations after which another form may do better
 constexpr double WEAK = 1e-11;
 constexpr double TO_BOUNDARY = 0.995;
@@ -486,6 +487,7 @@ class Group {
             low = some_out & (low > 1.0) ? all<V>(1.0) : low;
             condition = largest(high / low, condition);
         }
+        accepted &= condition <= STEEP;
         for (long i = p; i < rows; ++i) dual[i] = dual[i] < 0.0 ? all<V>(0.0) : dual[i];
         for (long i = 0; i < rows; ++i) y[i] = scale[i] * dual[i];
         V residual = residual_;

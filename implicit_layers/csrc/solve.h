@@ -484,6 +484,7 @@ class Group {
             low = some_out & (low > 1.0) ? all<V>(1.0) : low;
             condition = largest(high / low, condition);
         }
+        accepted &= condition <= STEEP;
         for (long i = p; i < rows; ++i) dual[i] = dual[i] < 0.0 ? all<V>(0.0) : dual[i];
         for (long i = 0; i < rows; ++i) y[i] = scale[i] * dual[i];
         V residual = residual_;

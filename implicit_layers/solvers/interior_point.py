@@ -39,6 +39,7 @@ _MANY_ROWS = 2.5  # inequality rows for each unknown, beyond which the condensed
 _SUSPECT = {torch.float64: (2e-12, 1e-6), torch.float32: (2e-6, 1e-3)}
 _LONG = 20  # iterations of the dual form, beyond which the condensed form has a try too
 _POOR = 1e-12  # a residual of the dual form above which the condensed form has a try
+_STEEP = 1e10  # a condition of its factors above which digits are lost that the residual does not show
 
 
 class QPResult(NamedTuple):
@@ -195,7 +196,7 @@ class InteriorPoint:
         zero = torch.zeros_like(answers.z)
         result = QPResult(answers.z, answers.y, zero, answers.active, zero, factor, answers.degenerate, condition, info)
         poor = (answers.residual > min(tol, _POOR)) | (_roughness(data, answers.z, answers.y) > _POOR)
-        poor = poor | (answers.iterations > _LONG)
+        poor = poor | (answers.iterations > _LONG) | (condition > _STEEP)
         poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | poor)
         if self.form == "dual" or not batch or not checks.host_bool(poor.any()):
             return result
@@ -207,8 +208,8 @@ class InteriorPoint:
         again = self._solve_condensed(part, index.shape[0])
         old = torch.maximum(result.info.residual[index], _roughness(part, result.z[index], result.y[index]))
         new = torch.maximum(again.info.residual, _roughness(part, again.z, again.y))
-        long = result.info.iterations[index] > _LONG
-        better = again.info.converged & ((new < 0.1 * old) | (long & (new <= torch.clamp(old, min=_POOR))))
+        tried = (result.info.iterations[index] > _LONG) | (again.condition < 0.1 * result.condition[index])
+        better = again.info.converged & ((new < 0.1 * old) | (tried & (new <= torch.clamp(old, min=_POOR))))
         better = better | (~result.info.converged[index] & (again.info.status != int(Status.NOT_CONVERGED)))
         if not checks.host_bool(better.any()):
             return result

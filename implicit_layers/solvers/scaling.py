@@ -111,8 +111,8 @@ class Scaling:
         if missing:
             L = L.masked_fill(~(rows.unsqueeze(-1) & columns.unsqueeze(-2)), -torch.inf)
         patience = _NEWTON_STEPS * (_NEWTON_FIXED + L.shape[-1] / _NEWTON_SIZE)
-        found = scale(L, a, b, self.tol, self.max_iter, forbidden or missing, high - low, patience)
-        P, phi, psi, iterations, residual = found.P, found.phi, found.psi, found.iterations, found.error
+        scaled = scale(L, a, b, self.tol, self.max_iter, forbidden or missing, high - low, patience)
+        P, phi, psi, iterations, residual = scaled.P, scaled.phi, scaled.psi, scaled.iterations, scaled.error
         infeasible = torch.zeros_like(residual, dtype=torch.bool)
         if P is None or phi is None:
             slow = residual > self.tol

@@ -37,6 +37,11 @@ def host_float(value: Tensor) -> float:
     return float(value)
 
 
+def host_floats(*values: Tensor) -> list[float]:
+    """Read several numbers back from the device at once."""
+    return torch.stack(values).tolist()
+
+
 def integer(name: str, value: object) -> int:
     """`value` is an int (no bool), and returned as one.
 

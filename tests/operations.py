@@ -602,6 +602,12 @@ def _entropic_lp_layer_state(seed: int) -> Tensors:
     return A, torch.tensor([1.1, 0.6], dtype=torch.float64), torch.tensor(-0.3, dtype=torch.float64)
 
 
+def _regularized_lp_layer() -> torch.nn.Module:
+    A, b, _ = _entropic_lp_layer_state(0)
+    rows = {"A": torch.nn.Parameter(A), "b": torch.nn.Parameter(b)}
+    return il.nn.RegularizedLP("binary_entropy", **rows, temperature=0.7, learn_temperature=True)
+
+
 def _sinkhorn_layer() -> torch.nn.Module:
     return il.nn.Sinkhorn(temperature=0.7, learn_temperature=True).double()
 
@@ -740,6 +746,14 @@ OPERATIONS = (
     _module(
         "nn.EntropicLP",
         _entropic_lp_layer,
+        _entropic_lp_layer_state,
+        4,
+        syncs=(16, 8, 6),
+        iterations=lambda *tensors: torch.tensor(20),
+    ),
+    _module(
+        "nn.RegularizedLP",
+        _regularized_lp_layer,
         _entropic_lp_layer_state,
         4,
         syncs=(16, 8, 6),

@@ -123,6 +123,7 @@ def test_every_public_operation_has_a_row() -> None:
         "nn.SoftTopKLoss": "the same",
         "nn.PerturbedArgmax": "draws other noise each time; its function has a row",
         "nn.SPOPlusLoss": "a loss of two inputs; its function has a row",
+        "nn.RegularizedLPLoss": "a loss of two inputs; its function has a row",
     }
     functions = {f"il.{name}" for name, value in vars(il).items() if isinstance(value, types.FunctionType)}
     functions |= {f"il.projections.{n}" for n, v in vars(il.projections).items() if isinstance(v, types.FunctionType)}

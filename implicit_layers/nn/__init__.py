@@ -12,6 +12,8 @@ from implicit_layers.nn.projections import SoftRank as SoftRank
 from implicit_layers.nn.projections import SoftSort as SoftSort
 from implicit_layers.nn.quadratic import QPData as QPData
 from implicit_layers.nn.quadratic import QPLayer as QPLayer
+from implicit_layers.nn.regularized import RegularizedLP as RegularizedLP
+from implicit_layers.nn.regularized import RegularizedLPLoss as RegularizedLPLoss
 from implicit_layers.nn.simplex import Entmax as Entmax
 from implicit_layers.nn.simplex import Softmax as Softmax
 from implicit_layers.nn.simplex import SoftTopK as SoftTopK

@@ -11,7 +11,39 @@ from implicit_layers.polytope import Slack, check_slack, entropic_lp
 from implicit_layers.solution import OnFailure, Solution, check_on_failure
 
 
-class EntropicLP(Tempered):
+class Polytope(Tempered):
+    """What the modules over a fixed polytope share: its constraints, learned or not, and the temperature."""
+
+    A: Tensor | None
+    b: Tensor | None
+    G: Tensor | None
+    h: Tensor | None
+    ub: Tensor | None
+
+    def hold(
+        self, temperature: float, learn_temperature: bool, tol: float, max_iter: int, **rows: Tensor | None
+    ) -> None:
+        """Check and keep the settings; constraints that are `nn.Parameter` are learned, the others are buffers."""
+        checks.stopping(tol, max_iter)
+        given = {name: x for name, x in rows.items() if x is not None}
+        dtype = checks.floating_tensors(**given)[0] if given else torch.get_default_dtype()
+        for name, value in rows.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value)
+        self.start_at(temperature, learn_temperature, dtype)
+        self.tol, self.max_iter = tol, max_iter
+
+    def extra_repr(self) -> str:
+        """The constraints' sizes and the temperature."""
+        rows = (("n_eq", self.b), ("n_ineq", self.h))
+        sizes = "".join(f"{name}={x.shape[-1]}, " for name, x in rows if x is not None)
+        bounds = "" if self.ub is None else "ub, "
+        return f"{sizes}{bounds}{super().extra_repr()}"
+
+
+class EntropicLP(Polytope):
     r"""Scores to a point of a fixed polytope, c ↦ argmax_x ⟨c, x⟩ + τ H(x), MAXIMISED; see `entropic_lp`.
 
     Args:
@@ -29,12 +61,6 @@ class EntropicLP(Tempered):
     tensor([0.1192, 0.8808])
     """
 
-    A: Tensor | None
-    b: Tensor | None
-    G: Tensor | None
-    h: Tensor | None
-    ub: Tensor | None
-
     def __init__(
         self,
         *,
@@ -51,20 +77,10 @@ class EntropicLP(Tempered):
         on_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
-        checks.stopping(tol, max_iter)
         check_slack(slack)
         check_on_failure(on_failure)
-        given = {name: x for name, x in (("A", A), ("b", b), ("G", G), ("h", h), ("ub", ub)) if x is not None}
-        dtype = checks.floating_tensors(**given)[0] if given else torch.get_default_dtype()
-        for name in ("A", "b", "G", "h", "ub"):
-            value = given.get(name)
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            else:
-                self.register_buffer(name, value)
-        self.start_at(temperature, learn_temperature, dtype)
+        self.hold(temperature, learn_temperature, tol, max_iter, A=A, b=b, G=G, h=h, ub=ub)
         self.slack: Slack = slack
-        self.tol, self.max_iter = tol, max_iter
         self.on_failure: OnFailure = on_failure
 
     def solve(self, c: Tensor) -> Solution:  # (*B, n)
@@ -88,8 +104,5 @@ class EntropicLP(Tempered):
         return self.solve(c).value
 
     def extra_repr(self) -> str:
-        """The constraints' sizes and the temperature."""
-        rows = (("n_eq", self.b), ("n_ineq", self.h))
-        sizes = "".join(f"{name}={x.shape[-1]}, " for name, x in rows if x is not None)
-        bounds = "" if self.ub is None else "ub, "
-        return f"{sizes}{bounds}{super().extra_repr()}, slack={self.slack!r}"
+        """The constraints' sizes, the temperature and the slack."""
+        return f"{super().extra_repr()}, slack={self.slack!r}"

@@ -1,13 +1,11 @@
 r"""Transport plans with given marginals: P = exp(L + φ ⊕ ψ) with P1 = a and Pᵀ1 = b.
 
-Sinkhorn's scaling first, on a kernel into which the potentials are absorbed every few iterations, so that an iteration
-is two products and nothing under- or overflows. Where its rate of convergence says that this will take long, Newton on
-the semi-dual: with φ(ψ) that gives the rows their sums, ψ has the convex objective −⟨a, φ(ψ)⟩ − ⟨b, ψ⟩ with gradient
-Pᵀ1 − b and Hessian S = diag(c) − Pᵀ diag(1/a) P. Far from the answer it follows a path from L = 0, where P = a bᵀ/Σa,
-to L, one step back to the path and one along its tangent for each factorisation.
+Sinkhorn's scaling first, over-relaxed (see `overrelaxation`). Where its rate of convergence says that this will take
+long, Newton on the semi-dual: with φ(ψ) that gives the rows their sums, ψ has the convex objective −⟨a, φ(ψ)⟩ − ⟨b, ψ⟩
+with gradient Pᵀ1 − b and Hessian S = diag(c) − Pᵀ diag(1/a) P. Far from the answer it follows a path from L = 0, where
+P = a bᵀ/Σa, to L, one step back to the path and one along its tangent for each factorisation.
 
-Source: Sinkhorn & Knopp (1967); Schmitzer (2019), SIAM J. Sci. Comput. 41(3), for the absorption; Brauer, Clason,
-Lorenz & Wirth (2017), arXiv:1710.06635, for Newton.
+Source: Sinkhorn & Knopp (1967); Brauer, Clason, Lorenz & Wirth (2017), arXiv:1710.06635, for Newton.
 """
 
 from __future__ import annotations
@@ -21,14 +19,12 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.kkt import balance
-from implicit_layers.kkt.quadratic import matvec, transposed_matvec
 from implicit_layers.solution import Status
 from implicit_layers.solvers.homotopy import LONGER, choose, shortened
+from implicit_layers.solvers.overrelaxation import scale
 
-_AIM = 1e-2  # of the tolerance: scaling goes on to this while it converges, for the sake of the gradient
-_ROUND = 10  # scaling iterations between two looks at the error
-_WIDE = 1e100  # the largest scaling before the kernel is made again
 _NEWTON_FIXED, _NEWTON_SIZE = 35.0, 7.0  # a Newton step costs as much as 35 + (the smaller side)/7 iterations; measured
+_NEWTON_STEPS = 4.0  # as many there are near the answer
 _NEAR, _STRAY = 0.3, 0.6  # relative errors between which the path is followed
 _STEP = 20.0  # the largest change of a potential in one step: parts of a plan that hardly touch ask for any change
 _TRIALS = 30
@@ -36,7 +32,7 @@ _IDLE = 20  # Newton steps without any gain after which rounding is all that is 
 _NEWTON_LIMIT = 500  # a problem that takes more Newton steps than this will not be solved
 
 
-class Scaled(NamedTuple):
+class Plans(NamedTuple):
     """What a solve returns, one entry a problem."""
 
     P: Tensor  # (N, n, m)
@@ -82,12 +78,6 @@ def _error(plan: _Plan, a: Tensor, b: Tensor) -> Tensor:  # (N,)
     return off / torch.where(mass > 0, mass, 1.0)
 
 
-def _inside(scaling: Tensor) -> Tensor:  # (N, k) -> (N,)
-    """How a scaling may be used: 0 not at all, 1 once more, 2 on and on."""
-    largest = scaling.log().abs().amax(-1)
-    return (largest < math.log(_WIDE)).to(torch.int8) + (largest < 0.5 * math.log(_WIDE)).to(torch.int8)
-
-
 def _relative(plan: _Plan, b: Tensor) -> Tensor:  # (N,)
     """The largest relative error of a column."""
     return ((plan.columns - b).abs() / torch.where(b > 0, b, 1.0)).amax(-1)
@@ -105,82 +95,40 @@ class Scaling:
     tol: float
     max_iter: int
 
-    def solve(self, L: Tensor, a: Tensor, b: Tensor) -> Scaled:  # (N, n, m), (N, n), (N, m)
+    def solve(self, L: Tensor, a: Tensor, b: Tensor) -> Plans:  # (N, n, m), (N, n), (N, m)
         """Solve all problems; Σa = Σb, −inf in L forbids an entry."""
         if L.shape[-1] > L.shape[-2]:
             found = self.solve(L.mT, b, a)
             return found._replace(P=found.P.mT, phi=found.psi, psi=found.phi)
         mass = a.sum(-1, keepdim=True)
-        a, b = (x / torch.where(mass > 0, mass, 1.0) for x in (a, b))
+        divisor = torch.where(mass > 0, mass, 1.0)
+        a, b = a / divisor, b / divisor
         rows, columns = a > 0, b > 0
-        forbidden = L.numel() > 0 and checks.host_bool(L.amin() == -torch.inf)
-        if checks.host_bool(~(rows.all() & columns.all())):
+        low, high, least = 0.0, 0.0, 1.0
+        if L.numel():
+            low, high, least = checks.host_floats(L.amin(), L.amax(), torch.minimum(a.amin(), b.amin()))
+        forbidden, missing = low == -math.inf, least <= 0
+        if missing:
             L = L.masked_fill(~(rows.unsqueeze(-1) & columns.unsqueeze(-2)), -torch.inf)
-        psi, iterations, error = self._scale(L, a, b)
-        slow = error > self.tol
-        infeasible = torch.zeros_like(slow)
-        if checks.host_bool(slow.any()):
-            index = slow.nonzero().squeeze(-1)
-            some = L[index], a[index], b[index]
-            better, steps, none = self._newton(*some, psi[index], iterations[index], forbidden)
-            psi[index], iterations[index], infeasible[index] = better, steps, none
-        plan = _plan(L, a, b, psi)
-        residual = _error(plan, a, b)
-        residual = torch.where(torch.isnan(residual), torch.inf, residual)
+        patience = _NEWTON_STEPS * (_NEWTON_FIXED + L.shape[-1] / _NEWTON_SIZE)
+        scaled = scale(L, a, b, self.tol, self.max_iter, forbidden or missing, high - low, patience)
+        P, phi, psi, iterations, residual = scaled.P, scaled.phi, scaled.psi, scaled.iterations, scaled.error
+        infeasible = torch.zeros_like(residual, dtype=torch.bool)
+        if P is None or phi is None:
+            slow = residual > self.tol
+            if checks.host_bool(slow.any()):
+                index = slow.nonzero().squeeze(-1)
+                some = L[index], a[index], b[index]
+                better, steps, none = self._newton(*some, psi[index], iterations[index], forbidden)
+                psi[index], iterations[index], infeasible[index] = better, steps, none
+            plan = _plan(L, a, b, psi)
+            P, phi = plan.P, plan.phi
+            residual = _error(plan, a, b)
+            residual = torch.where(torch.isnan(residual), torch.inf, residual)
         status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.NOT_CONVERGED))
         status = torch.where(infeasible, int(Status.INFEASIBLE), status).to(torch.int8)
-        phi = plan.phi + torch.where(mass > 0, mass, 1.0).log()
-        phi, psi = balance.without_gauge(phi, psi, rows, columns)
-        return Scaled(plan.P * mass.unsqueeze(-1), phi, psi, status, iterations, residual)
-
-    def _scale(self, L: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale until all are done or the slowest had better go on with Newton: ψ, iterations, errors."""
-        columns, no_row, no_column = b > 0, (a <= 0).to(a.dtype), (b <= 0).to(b.dtype)
-        smaller = L.shape[-1]
-        step_cost = _NEWTON_FIXED + smaller / _NEWTON_SIZE
-        psi = torch.zeros_like(b)
-        iterations = torch.zeros(len(b), dtype=torch.int64, device=b.device)
-        error = torch.full_like(b[:, 0], torch.inf)
-        used, before = 0, math.inf
-        plan = _plan(L, a, b, psi)
-        aim = _AIM * self.tol
-        done = error <= aim
-        sums, base = plan.columns, psi
-        while used < self.max_iter:
-            count = min(_ROUND, self.max_iter - used)
-            for _ in range(count):  # v first: the rows are exact, the columns are not
-                v = b / (sums + no_column)
-                u = a / (matvec(plan.P, v) + no_row)
-                sums = transposed_matvec(plan.P, u)
-            used += count
-            off = (v * sums - b).abs().sum(-1) / b.sum(-1).clamp(min=torch.finfo(b.dtype).tiny)
-            inside = torch.minimum(_inside(u + no_row), _inside(v + no_column))
-            usable = torch.isfinite(off) & (inside > 0)
-            fresh = torch.where(plan.columns > 0, b / plan.columns, 1.0)  # one exact half step where that went too far
-            growth = torch.where(usable.unsqueeze(-1), v + no_column, fresh.clamp(1 / _WIDE, _WIDE))
-            psi = torch.where(columns & ~done.unsqueeze(-1), base + growth.log(), psi)
-            iterations += count * ~done
-            error = torch.where(done, error, torch.where(usable, off, torch.inf))
-            done = done | (error <= aim)
-            worst = checks.host_float(error.max()) if len(error) else 0.0
-            if worst <= aim:
-                break
-            rate = (worst / before) ** (1 / count) if math.isfinite(before) and math.isfinite(worst) else None
-            before = worst
-            if rate is None and used < 2 * _ROUND:
-                pass
-            elif rate is None or rate >= 1:
-                break
-            else:
-                missing = math.log(aim / worst) / math.log(rate)
-                if worst <= self.tol and missing > _ROUND:
-                    break
-                if missing > (4 if worst < 1e-2 else 8) * step_cost or missing > self.max_iter - used:
-                    break
-            if not checks.host_bool(((inside > 1) | done).all()):  # absorb what has grown, and go on from there
-                plan, base = _plan(L, a, b, psi), psi
-                sums = plan.columns
-        return psi, iterations, error
+        phi, psi = balance.without_gauge(phi + divisor.log(), psi, rows, columns)
+        return Plans(P.mul_(mass.unsqueeze(-1)), phi, psi, status, iterations, residual)
 
     def _newton(
         self, L: Tensor, a: Tensor, b: Tensor, psi: Tensor, iterations: Tensor, forbidden: bool

@@ -34,6 +34,10 @@ CASES = {  # n, n_ineq, active rows, how parallel, condition of Q
     "few rows, steeper cost": (20, 100, 5, 1.0, 1e11),
     "steep for float32": (20, 100, 16, 3e-3, 10.0),
     "one unknown": (1, 8, 1, 1.0, 1.0),
+    "two unknowns, steep cost": (2, 4, 2, 1.0, 1e8),
+    "two unknowns, steeper cost": (2, 4, 2, 1.0, 1e10),
+    "two rows an unknown, vertex": (10, 20, 10, 1e-3, 1e8),
+    "two rows an unknown, edge": (10, 20, 8, 1e-4, 1e6),
 }
 EPS = torch.finfo(torch.float64).eps
 

@@ -3,7 +3,7 @@
 constexpr double EPS = 2.220446049250313e-16;
 constexpr double TINY = 2.2250738585072014e-308;
 constexpr double BEST = 1e-12;    // a residual above it is not good enough here
-constexpr double STEEP = 1e10;    // a condition above it costs digits that the residual does not show
+constexpr double STEEP = 1e8;     // a condition above it costs digits that the residual does not show
 constexpr long LONG_PATH = 20;    // iterations after which another form may do better
 constexpr double WEAK = 1e-11;
 constexpr double TO_BOUNDARY = 0.995;

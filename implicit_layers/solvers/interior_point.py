@@ -39,7 +39,7 @@ _MANY_ROWS = 2.5  # inequality rows for each unknown, beyond which the condensed
 _SUSPECT = {torch.float64: (2e-12, 1e-6), torch.float32: (2e-6, 1e-3)}
 _LONG = 20  # iterations of the dual form, beyond which the condensed form has a try too
 _POOR = 1e-12  # a residual of the dual form above which the condensed form has a try
-_STEEP = 1e10  # a condition of its factors above which digits are lost that the residual does not show
+_STEEP = 1e8  # a condition of its factors above which digits are lost that the residual does not show
 
 
 class QPResult(NamedTuple):

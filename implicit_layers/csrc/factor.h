@@ -66,6 +66,10 @@ void panels(V* matrix, long ld, long i0, long rows, long j0, const V* inverse) {
 template <class V, class M>
 M factorise(V* matrix, long ld, long n, long rows, long first, V* inverse, const V* floor, long floor_step) {
     M positive = all<V>(0.0) == all<V>(0.0);
+    if constexpr (width<V> == 1) {
+        positive[0] = -single::factor_columns<LANES>(plain(matrix), ld, n, rows, first, plain(inverse), plain(floor), floor_step, 0);
+        return positive;
+    }
     for (long j = 0; j < n; j += 4) {
         const long columns = n - j < 4 ? n - j : 4;
         const long below = first > j + columns ? first : j + columns;
@@ -92,6 +96,7 @@ M factorise(V* matrix, long ld, long n, long rows, long first, V* inverse, const
 
 template <class V, int R, int C>
 NOINLINE void gram_block(V* c, long ldc, const V* a, const V* b, long ld, long depth, bool take) {
+    if constexpr (width<V> == 1) return single::gram_block<R, C>(plain(c), ldc, plain(a), plain(b), ld, depth, take);
     V block[R][C];
     for (int i = 0; i < R; ++i)
         for (int j = 0; j < C; ++j) block[i][j] = take ? c[i * ldc + j] : all<V>(0.0);
@@ -152,6 +157,7 @@ INLINE void forward_block(const V* factor, long ld, const V* inverse, long i0, V
 
 template <class V>
 NOINLINE void forward(const V* factor, long ld, const V* inverse, long n, V* x) {  // x := L⁻¹ x
+    if constexpr (width<V> == 1) return single::forward(plain(factor), ld, plain(inverse), n, plain(x));
     long i = 0;
     for (; i + 8 <= n; i += 8) forward_block<V, 8>(factor, ld, inverse, i, x);
     for (; i + 4 <= n; i += 4) forward_block<V, 4>(factor, ld, inverse, i, x);
@@ -171,6 +177,7 @@ INLINE void backward_block(const V* factor, long ld, const V* inverse, long n, l
 
 template <class V>
 NOINLINE void backward(const V* factor, long ld, const V* inverse, long n, V* x) {  // x := L⁻ᵀ x
+    if constexpr (width<V> == 1) return single::backward(plain(factor), ld, plain(inverse), n, plain(x));
     long j = n;
     for (; j >= 8; j -= 8) backward_block<V, 8>(factor, ld, inverse, n, j - 8, x);
     for (; j >= 4; j -= 4) backward_block<V, 4>(factor, ld, inverse, n, j - 4, x);
@@ -179,6 +186,7 @@ NOINLINE void backward(const V* factor, long ld, const V* inverse, long n, V* x)
 
 template <class V>
 NOINLINE void multiply(V* y, const V* matrix, long ld, long rows, long columns, const V* x) {  // y := matrix x
+    if constexpr (width<V> == 1) return single::multiply(plain(y), plain(matrix), ld, rows, columns, plain(x));
     long i = 0;
     for (; i + 8 <= rows; i += 8) {
         V sum[8] = {};
@@ -199,6 +207,7 @@ NOINLINE void multiply(V* y, const V* matrix, long ld, long rows, long columns, 
 
 template <class V>
 NOINLINE void multiply_transposed(V* y, const V* matrix, long ld, long rows, long columns, const V* x) {
+    if constexpr (width<V> == 1) return single::multiply_transposed(plain(y), plain(matrix), ld, rows, columns, plain(x));
     long j = 0;
     for (; j + 8 <= columns; j += 8) {
         V sum[8] = {};
@@ -219,6 +228,7 @@ NOINLINE void multiply_transposed(V* y, const V* matrix, long ld, long rows, lon
 
 template <class V>
 INLINE V inner(const V* a, const V* b, long count) {
+    if constexpr (width<V> == 1) return all<V>(single::inner(plain(a), plain(b), count));
     V sum = all<V>(0.0);
     for (long i = 0; i < count; ++i) sum += a[i] * b[i];
     return sum;

@@ -8,6 +8,7 @@
 namespace implicit_layers {
 namespace TARGET {
 #include "lanes.h"
+#include "single.h"
 #include "factor.h"
 #include "measures.h"
 #include "wide.h"
@@ -20,7 +21,7 @@ constexpr Width width_of() {
     return {W, solve<W, double>, solve<W, float>, adjoint<W, double>, adjoint<W, float>};
 }
 
-Kernel kernel(const char* name) { return {name, width_of<LANES>(), width_of<2>()}; }
+Kernel kernel(const char* name) { return {name, width_of<LANES>(), width_of<1>()}; }
 }  // namespace TARGET
 }  // namespace implicit_layers
 

@@ -15,6 +15,9 @@ using Mask = typename Lanes<W>::Mask;
 template <class V>
 constexpr int width = sizeof(V) / 8;
 
+inline double* plain(Number<1>* numbers) { return reinterpret_cast<double*>(numbers); }
+inline const double* plain(const Number<1>* numbers) { return reinterpret_cast<const double*>(numbers); }
+
 template <class V>
 INLINE V all(double value) {
     V result;

@@ -36,6 +36,8 @@ void weigh_column(V* c, long ldc, long columns, long j, const V* a, long ld, con
 // cache after the other.
 template <class V>
 void weighted_gram(V* c, long ldc, const V* a, long ld, long rows, long columns, const V* weight) {
+    if constexpr (width<V> == 1)
+        return single::weigh_columns<LANES>(plain(c), ldc, plain(a), ld, rows, columns, plain(weight), 0);
     const long fit = 24576 / (long(sizeof(V)) * (columns + 1)), stretch = fit > 16 ? fit : 16;
     for (long first = 0; first < rows; first += stretch) {
         const long depth = rows - first < stretch ? rows - first : stretch;

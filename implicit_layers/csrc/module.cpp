@@ -81,29 +81,41 @@ static Kernel choose() {
 
 static const Kernel KERNEL = choose();
 
-// One call's programs, handed out to whoever asks. They are shared by groups of lanes, so an answer does not depend on
-// who computed it.
+// One call's programs, handed out to whoever asks. How they are grouped does not depend on the threads, so an answer does
+// not depend on who computed it.
 class Job {
    public:
-    Job(Work what, const void* task, long groups) : what_(what), task_(task), groups_(groups), call_(++calls_) {}
+    Job(Work Width::*what, const void* task, long batch)
+        : what_(what), task_(task), groups_(KERNEL.groups(batch)), call_(++calls_) {
+        const long rest = batch - groups_ * KERNEL.together.lanes;
+        parts_ = groups_ + (rest > 0 ? rest : 0);
+    }
 
     void take() {
         thread_local Room room;
         try {
-            room.current = call_;
-            for (long group = next_++; group < groups_; group = next_++) what_(task_, group, room);
+            for (long part = next_++; part < parts_; part = next_++) {
+                const bool alone = part >= groups_;
+                room.current = 2 * call_ + alone;
+                if (alone)
+                    (KERNEL.alone.*what_)(task_, part + groups_ * (KERNEL.together.lanes - 1), room);
+                else
+                    (KERNEL.together.*what_)(task_, part, room);
+            }
         } catch (const std::bad_alloc&) {
             failed_ = true;
         }
     }
 
+    long parts() const { return parts_; }
     bool failed() const { return failed_; }
 
    private:
     static std::atomic<long> calls_;
-    const Work what_;
+    Work Width::*const what_;
     const void* const task_;
     const long groups_, call_;
+    long parts_;
     std::atomic<long> next_{0};
     std::atomic<bool> failed_{false};
 };
@@ -187,10 +199,9 @@ static int useful_threads(const Data& d, long groups, int threads) {
     return threads < 1 ? 1 : threads;
 }
 
-static void work(Team* team, Work what, const void* task, const Data& d, int threads) {
-    const long lanes = KERNEL.width(d.batch).lanes, groups = (d.batch + lanes - 1) / lanes;
-    Job job(what, task, groups);
-    threads = useful_threads(d, groups, threads);
+static void work(Team* team, Work Width::*what, const void* task, const Data& d, int threads) {
+    Job job(what, task, d.batch);
+    threads = useful_threads(d, job.parts(), threads);
     if (threads == 1) {
         job.take();
     } else if (openmp) {
@@ -239,7 +250,7 @@ static void read_data(Numbers& in, Data& d) {
     d.step_b = in.number(), d.step_G = in.number(), d.step_h = in.number();
 }
 
-static bool finish(Work what, const void* task, const Data& data, int threads) {
+static bool finish(Work Width::*what, const void* task, const Data& data, int threads) {
     bool full = false;
     if (!team) team = new Team();  // by one Python thread; never deleted: its threads wait until the process ends
     Team* const ours = team;
@@ -287,7 +298,7 @@ static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     const Data& d = task.data;
     if (d.step_Q) take_large_pages(task.chol_q, batch * d.n * d.n, sizeof(double));
     take_large_pages(task.chol_ineq, batch * d.hold * d.hold, sizeof(double));
-    if (!finish(is_float ? KERNEL.width(batch).solve_float : KERNEL.width(batch).solve_double, &task, task.data, threads)) return nullptr;
+    if (!finish(is_float ? &Width::solve_float : &Width::solve_double, &task, task.data, threads)) return nullptr;
     long settled = 0;
     for (long b = 0; b < batch; ++b) settled += task.settled[b];
     return PyLong_FromLong(settled);
@@ -320,11 +331,11 @@ static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count
     take_large_pages(task.d_Q, batch * d.n * d.n, size);
     take_large_pages(task.d_A, batch * d.n_eq * d.n, size);
     take_large_pages(task.d_G, batch * d.n_ineq * d.n, size);
-    if (!finish(is_float ? KERNEL.width(batch).adjoint_float : KERNEL.width(batch).adjoint_double, &task, task.data, threads)) return nullptr;
+    if (!finish(is_float ? &Width::adjoint_float : &Width::adjoint_double, &task, task.data, threads)) return nullptr;
     Py_RETURN_TRUE;
 }
 
-static PyObject* describe(PyObject*, PyObject*) { return Py_BuildValue("(si)", KERNEL.name, KERNEL.wide.lanes); }
+static PyObject* describe(PyObject*, PyObject*) { return Py_BuildValue("(si)", KERNEL.name, KERNEL.together.lanes); }
 
 static PyMethodDef METHODS[] = {
     {"solve", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(solve)), METH_FASTCALL, nullptr},

@@ -39,7 +39,7 @@ struct Adjoint {
     char *d_Q, *d_A, *d_G, *d_p;                              // none: not wanted
 };
 
-// Work on programs `first` … `first` + (number of lanes); `room` is this thread's own memory.
+// Work on one group: as many programs as there are lanes, the group's number times that of the lanes being the first.
 struct Room;
 typedef void (*Work)(const void* task, long group, Room& room);
 
@@ -51,8 +51,12 @@ struct Width {
 
 struct Kernel {
     const char* name;
-    Width wide, narrow;  // a few programs only fill the narrow lanes, and take less of the cache there
-    const Width& width(long batch) const { return batch <= narrow.lanes ? narrow : wide; }
+    Width together, alone;
+    // Programs that go together, the last group perhaps not full; a few left over are quicker one by one.
+    long groups(long batch) const {
+        const long lanes = together.lanes, left = batch % lanes;
+        return batch / lanes + (left > 1 && 3 * left >= lanes);
+    }
 };
 
 // A thread's memory, kept from call to call.

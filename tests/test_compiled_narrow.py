@@ -73,8 +73,8 @@ def test_ill_conditioned_vertices_in_fifty_digits(
         exact = problem.stacked(name)
         error = (tensor.detach() - exact).abs().amax(-1) / exact.abs().amax(-1)
         assert bool((error <= 1e-13 + 4e-16 * condition).all()), (name, float((error / condition).max()))
-    if parallel >= 1e-3:
-        assert settled[-1].number == 9
+    if parallel >= 1e-3:  # some are told a condition above 1e8: those are left to the condensed form
+        assert settled[-1].number >= (9 if parallel >= 1e-1 else 5)
 
 
 @pytest.mark.parametrize("how", HARD)

@@ -58,7 +58,7 @@ def environment(device: str, seed: int, dtype: str = DTYPES[0]) -> dict[str, Any
 
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
         "implicit_layers": implicit_layers.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -79,11 +79,15 @@ def save(folder: Path, suite: str, quick: bool, rows: list[dict[str, Any]], seed
     return path
 
 
-def _commit() -> str:
-    """The commit that is measured, marked where the files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def commit() -> str:
+    """The commit that is measured, marked where the code differs from it; what suites write is no code."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    written = [f":!{path}" for path in ("README.md", "benchmarks/results", "benchmarks/figures")]
+    head, changed = (
+        subprocess.run([*git, *command], capture_output=True, text=True, check=False).stdout.strip()
+        for command in (["rev-parse", "--short=10", "HEAD"], ["diff", "--name-only", "HEAD", "--", ".", *written])
+    )
+    return (head or "unknown") + ("-dirty" if changed else "")
 
 
 def _processor() -> str:

@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 import implicit_layers as il
+from benchmarks.run import commit
 
 Rows = list[dict[str, Any]]
 Layer = Callable[[Tensor], Tensor]
@@ -293,11 +293,9 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit(),
         "python": platform.python_version(),
         "implicit_layers": il.__version__,
         **versions,

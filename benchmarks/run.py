@@ -91,13 +91,17 @@ def commit() -> str:
 
 
 def _processor() -> str:
-    """The model of the processor, where the system tells."""
+    """The model of the processor, where the system tells, and the widest instructions that PyTorch sees in it."""
+    import torch
+
+    model = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():
             if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+                model = line.split(":", 1)[1].strip()
+                break
+    return f"{model} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,6 +40,19 @@ def test_it_calls_the_function(case, learn):
         assert float(layer.log_temperature.grad.abs()) > 0
 
 
+@each
+@pytest.mark.parametrize("empty", ["uniform", "zeros"])
+def test_a_row_without_entries_gets_what_the_function_gives(case, empty):
+    module, settings, function = CASES[case]
+    x = torch.stack([X[0], torch.full((3,), -math.inf)])
+    layer = module(**settings, empty=empty)
+    assert torch.equal(layer(x), function(x, empty=empty)) and f"empty={empty!r}" in repr(layer)
+    with pytest.raises(ValueError, match="only -inf"):
+        module(**settings)(x)
+    with pytest.raises(ValueError, match="empty must be one of"):
+        module(**settings, empty="nothing")
+
+
 def test_a_learned_alpha_stays_between_one_and_two_and_is_found():
     target = il.entmax(X.double(), 1.25)
     layer = il.nn.Entmax(1.8, learn_alpha=True).double()

@@ -76,6 +76,33 @@ def test_single_precision_finds_the_blocks_of_double_precision():
     close(y.double(), projections.isotonic(x.double()), 1e-5)
 
 
+@pytest.mark.parametrize("n", [10_000, 100_000])
+def test_single_precision_keeps_its_digits_in_long_blocks(n):
+    ramp = torch.linspace(1, 0, n) + 1e4  # one block: the mean of all, for which float32 sums would lose three digits
+    assert abs(float(projections.isotonic(ramp)[0]) / float(ramp.double().mean()) - 1) < 2e-7
+    scores = torch.zeros(n, requires_grad=True)
+    rank = il.soft_rank(scores)
+    assert bool((rank / (0.5 * (n + 1)) - 1).abs().max() < 2e-7)
+    seed = torch.rand(n, generator=torch.Generator().manual_seed(0)) + 100
+    (gradient,) = torch.autograd.grad((rank * seed).sum(), scores)
+    close(gradient.double(), (seed.double() - seed.double().mean()), 2e-5)  # seed itself is rounded to 4e-6
+    values = torch.rand(n, generator=torch.Generator().manual_seed(1)) + 100
+    expected = values.double().mean() + (torch.arange(1.0, n + 1).double() - 0.5 * (n + 1)) / 1e6  # one block
+    close(il.soft_sort(values, temperature=1e6).double() / 100, expected / 100, 3e-7)
+
+
+def test_numbers_near_the_largest_one_stay_finite():
+    huge = torch.tensor([1e308, 1e308, -1e308], dtype=torch.float64)
+    close(projections.isotonic(huge) / 1e308, torch.full((3,), 1 / 3, dtype=torch.float64))
+    close(projections.isotonic(huge, weight=1e308) / 1e308, torch.full((3,), 1 / 3, dtype=torch.float64))
+    close(il.soft_rank(huge), torch.tensor([2.5, 2.5, 1.0], dtype=torch.float64))
+    close(il.soft_sort(huge[:2]) / 1e308, torch.ones(2, dtype=torch.float64))
+    close(projections.permutahedron(huge, huge) / 1e308, huge / 1e308)
+    one = torch.ones(3, dtype=torch.float64)
+    for project in (projections.half_space, projections.hyperplane):
+        close(project(huge, normal=one, offset=0.0) / 1e308, torch.tensor([2, 2, -4], dtype=torch.float64) / 3)
+
+
 def test_the_jacobian_averages_over_blocks():
     x, w = torch.tensor([1.0, 3.0, 2.0, 4.0]).double(), torch.tensor([1.0, 3.0, 1.0, 2.0]).double()
     J = jacrev(lambda x: projections.isotonic(x, weight=w))(x)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from implicit_layers.projections.door import enforce, finite, kept_within, poisoned, positive, rows, some_entries
 
+_HUGE, _DOWN = 2.0**480, 2.0**-600
+
 
 def isotonic(
     x: Tensor,
@@ -75,7 +77,7 @@ def isotonic(
 def _means(z: Tensor, w: Tensor, real: Tensor | None) -> Tensor:  # (*B, n) each -> (*B, n)
     """The nondecreasing regression, with its derivative."""
     block = blocks(z.detach(), w.detach(), real)
-    y = block_sums(w * z, block) / block_sums(w, block)
+    y = block_means(z, block, w).to(z.dtype)
     return kept_within(y, y.detach().cummax(-1).values)  # equal means may differ by rounding
 
 
@@ -85,14 +87,29 @@ def front(kept: Tensor) -> tuple[Tensor, Tensor]:  # (*B, n) -> (*B, n), (*B, n)
     return order, order.argsort(-1)
 
 
-def block_sums(x: Tensor, block: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, n)
+def block_means(x: Tensor, block: Tensor, w: Tensor | None = None) -> Tensor:  # (*B, n) each -> (*B, n)
+    """The weighted mean over the block of each entry, in float64: a sum of many is taken one after the other."""
+    x = x.to(torch.float64)
+    w = torch.ones_like(x) if w is None else w.to(torch.float64)
+    down, light = taming(x), taming(w)
+    return _block_sums((light * w) * (down * x), block) / _block_sums(light * w, block) / down
+
+
+def _block_sums(x: Tensor, block: Tensor) -> Tensor:  # (*B, n), (*B, n) -> (*B, n)
     """The sum over the block of each entry."""
     return torch.zeros_like(x).scatter_add(-1, block, x).gather(-1, block)
+
+
+def taming(x: Tensor) -> Tensor:  # (*B, n) -> (*B, 1)
+    """A power of two, 1 for ordinary numbers, that makes sums and products of a float64 point's entries finite."""
+    top = x.detach().abs().amax(-1, keepdim=True)
+    return torch.ones_like(top).masked_fill(top > _HUGE, _DOWN)
 
 
 def blocks(x: Tensor, w: Tensor, real: Tensor | None = None) -> Tensor:  # (*B, n) each -> (*B, n) int64
     """The number of the block of each entry of the nondecreasing regression of x; where not `real`, one at the end."""
     x, w = x.to(torch.float64), w.to(torch.float64)
+    x, w = taming(x) * x, taming(w) * w
     if real is not None:  # entries that no other one is larger than change nothing
         x = torch.where(real, x, torch.where(real, x, -torch.inf).amax(-1, keepdim=True))
     apart = _regression(x, w).diff(dim=-1) != 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from implicit_layers.errors import ArgumentTypeError
 from implicit_layers.projections.door import enforce, finite, poisoned, rows, some_entries
-from implicit_layers.projections.isotone import block_sums, blocks, front, packed
+from implicit_layers.projections.isotone import block_means, blocks, front, packed, taming
 
 
 def permutahedron(
@@ -68,12 +68,14 @@ def onto_permutahedron(
     order, w_order = _descending(x, kept), _descending(w, kept_w)
     s, w = x.gather(-1, order), w.gather(-1, w_order)
     real = None if kept is None else kept.expand(x.shape).gather(-1, order)
-    s = s - s.detach().narrow(-1, 0, 1)  # the projection does not see a shift
-    block = blocks((tau * w - s).detach(), torch.ones_like(s), real)
-    size = block_sums(torch.ones_like(s), block)
+    s64, w64 = s.to(torch.float64), w.to(torch.float64)
+    down = taming(s64)
+    s64, tau = down * s64, down * tau
+    s64 = s64 - s64.detach().narrow(-1, 0, 1)  # the projection does not see a shift
+    block = blocks((tau * w64 - s64).detach(), torch.ones_like(s64), real)
     first = torch.searchsorted(packed(block), packed(block))
-    gap = s - s.detach().gather(-1, first)  # subtracted first, so that nothing is lost where s is much larger than w
-    y = (gap - block_sums(gap, block) / size) / tau + block_sums(w, block) / size
+    gap = s64 - s64.detach().gather(-1, first)  # subtracted first: nothing is lost where s is much larger than w
+    y = ((gap - block_means(gap, block)) / tau + block_means(w64, block)).to(x.dtype)
     y = y if real is None else torch.where(real, y, 0 * (s + w).detach())  # zero, or NaN where all of a point is
     return y.gather(-1, order.argsort(-1))
 

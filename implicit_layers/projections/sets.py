@@ -130,8 +130,7 @@ def half_space(
     tensor([1., 0.])
     """
     points, a, b = _plane(x, dim, normal, offset, mask)
-    gap = (a * points.x).sum(-1, keepdim=True) - b
-    return points.back(points.x - gap.relu() / a.square().sum(-1, keepdim=True) * a)
+    return points.back(points.x - _beyond(points.x, a, b).relu() * a)
 
 
 def hyperplane(
@@ -152,8 +151,14 @@ def hyperplane(
     tensor([1., 2.])
     """
     points, a, b = _plane(x, dim, normal, offset, mask)
-    gap = (a * points.x).sum(-1, keepdim=True) - b
-    return points.back(points.x - gap / a.square().sum(-1, keepdim=True) * a)
+    return points.back(points.x - _beyond(points.x, a, b) * a)
+
+
+def _beyond(x: Tensor, a: Tensor, b: Tensor) -> Tensor:  # (*B, n), (*B, n), (*B, 1) -> (*B, 1)
+    """(aᵀx − b)/‖a‖², finite wherever its value is: of entries near the largest number a power of two is taken out."""
+    top = x.detach().abs().amax(-1, keepdim=True)
+    down = torch.ones_like(top).masked_fill(top > torch.finfo(x.dtype).max * 2.0**-41, 2.0**-41)
+    return ((a * (down * x)).sum(-1, keepdim=True) - down * b) / a.square().sum(-1, keepdim=True) / down
 
 
 def _plane(

@@ -52,9 +52,10 @@ def differentiations() -> int:
     return 1 + sum(kind in ("Grad", "Jvp") for kind in _kinds())
 
 
-def _nested_forward_mode() -> bool:
-    """Whether two levels of forward mode are running, which the compiler cannot trace; a constant of the graph too."""
-    return _kinds().count("Jvp") > 1
+def _deep_forward_mode() -> bool:
+    """Whether forward mode runs with more than one other level, which the compiler cannot trace; a constant too."""
+    kinds = _kinds()
+    return "Jvp" in kinds and (kinds.count("Jvp") > 1 or kinds.count("Grad") > 1)
 
 
 def _kinds() -> list[str]:
@@ -66,8 +67,8 @@ def _kinds() -> list[str]:
 
 def traced() -> bool:
     """Whether the compiler traces what is computed now, and can trace its derivatives."""
-    return torch.compiler.is_compiling() and not _nested_forward_mode()
+    return torch.compiler.is_compiling() and not _deep_forward_mode()
 
 
 differentiations._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_nested_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_deep_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -37,9 +37,38 @@ def transforms_at_work() -> frozenset[str]:
 
     The compiler takes the answer as a constant of the graph, which it makes anew when the transforms change.
     """
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return frozenset(str(interpreter.key()).rpartition(".")[2] for interpreter in stack)
+    return frozenset(_kinds())
 
 
 # what `torch.compiler.assume_constant_result` does, which would take seconds to import the compiler
 transforms_at_work._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def differentiations() -> int:
+    """How often what is computed now may be differentiated: by every transform that is running, and once afterwards.
+
+    A constant of the graph too.
+    """
+    return 1 + sum(kind in ("Grad", "Jvp") for kind in _kinds())
+
+
+def _deep_forward_mode() -> bool:
+    """Whether forward mode runs with more than one other level, which the compiler cannot trace; a constant too."""
+    kinds = _kinds()
+    return "Jvp" in kinds and (kinds.count("Jvp") > 1 or kinds.count("Grad") > 1)
+
+
+def _kinds() -> list[str]:
+    """The kinds of the transforms that are running, one by one."""
+    return [
+        str(interpreter.key()).rpartition(".")[2] for interpreter in torch._C._functorch.get_interpreter_stack() or ()
+    ]
+
+
+def traced() -> bool:
+    """Whether the compiler traces what is computed now, and can trace its derivatives."""
+    return torch.compiler.is_compiling() and not _deep_forward_mode()
+
+
+differentiations._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_deep_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]

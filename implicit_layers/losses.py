@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from implicit_layers import checks, regularizers, scores, simplex, transforms, tsallis
+from implicit_layers.attached import moving
+from implicit_layers.eager import differentiations, traced
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, DtypeError, ShapeError
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.regularizers import Regularizer
@@ -135,6 +137,12 @@ def _optimum(
     else:
         slope = alphas = torch.zeros_like(phi)
     value = (torch.where(y > 0, x, 0.0) * y).sum(-1, keepdim=True) - tau * phi
+    if traced():
+        if differentiations() > 1:
+            return value  # its own derivatives are right too, and go on
+        moved = (y.detach() * torch.where(y > 0, moving(x), 0.0)).sum(-1, keepdim=True)
+        moved = moved - phi.detach() * moving(tau) - (tau * slope).detach() * moving(alphas)
+        return value.detach() + moved
     optimum: Tensor = _Envelope.apply(value.detach(), x, tau, alphas, y, phi, slope)
     return optimum
 

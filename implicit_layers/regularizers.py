@@ -18,19 +18,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicit_layers import checks, scores, transforms
-from implicit_layers.eager import uncompiled
+from implicit_layers.attached import attached, moving
+from implicit_layers.eager import traced, uncompiled
 from implicit_layers.errors import ArgumentError, ArgumentTypeError
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.scores import Empty
-from implicit_layers.solvers import entmax_newton
-from implicit_layers.solvers.shift import pivots, shift
+from implicit_layers.solvers import entmax_newton, operators, separable
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -56,6 +56,19 @@ class Regularizer:
     slope: Elementwise
     cap: float = float("inf")
     solve: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    key: str = field(init=False, repr=False, compare=False)  # by which a compiled graph finds it
+
+    def __post_init__(self) -> None:
+        """Make it known to the operation that a compiled graph holds."""
+        object.__setattr__(self, "key", separable.key_of(self, self.name))
+
+    def __copy__(self) -> Regularizer:
+        """Itself: nothing in it can change."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> Regularizer:
+        """Itself: nothing in it can change."""
+        return self
 
     def inside(self, y: Tensor) -> tuple[Tensor, Tensor]:  # (*B, n) -> (*B, n), (*B, n)
         """Which entries are between the bounds, and y with a harmless constant elsewhere."""
@@ -255,18 +268,7 @@ class _Choice(torch.autograd.Function):
 
     @staticmethod
     def forward(chosen: Regularizer, x: Tensor, total: Tensor, tau: Tensor) -> Tensor:
-        if chosen.solve is not None:
-            return chosen.solve(x, total, tau)
-        top, most = x.amax(-1, keepdim=True), torch.finfo(x.dtype).max / 4
-        pivot, below = pivots(x, total, chosen.cap)
-        pivot = torch.where(pivot.isfinite(), pivot, top)
-        v = torch.where(x.isneginf(), x, ((x - pivot) / tau).clamp(-most, most))
-        below = torch.where(below.isfinite(), ((below - pivot) / tau).clamp(-most, most), 0.0)
-        c = shift(chosen.primal, chosen.weight, chosen.slope, v, below, total, chosen.cap)
-        y = chosen.primal(v + c)
-        if chosen.cap < float("inf"):
-            y = torch.where((total >= chosen.cap * x.isfinite().sum(-1, keepdim=True)) & x.isfinite(), chosen.cap, y)
-        return torch.where(total == 0, 0.0, y)
+        return separable.solve(chosen, x, total, tau)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -317,9 +319,18 @@ class _Choice(torch.autograd.Function):
         return _Choice.apply(chosen, *transforms.map_to_front(info.batch_size, in_dims[1:], tensors)), 0
 
 
-@uncompiled
 def _differentiable(chosen: Regularizer, x: Tensor, total: Tensor, tau: Tensor) -> Tensor:
-    """`_Choice` as a function that the compiler leaves whole: its iterations depend on the data."""
+    """The answer to rows, differentiably."""
+    if not traced():
+        return _by_rule(chosen, x, total, tau)
+    y = operators.choose(chosen.key, x.detach(), total.detach(), tau.detach())
+    y = y + share(chosen, chosen.weights(y), x.detach(), y) * moving(total)
+    return attached(y, chosen.weights, chosen.slopes, x, tau)
+
+
+@uncompiled
+def _by_rule(chosen: Regularizer, x: Tensor, total: Tensor, tau: Tensor) -> Tensor:
+    """`_Choice` as a function that the compiler leaves whole."""
     y: Tensor = _Choice.apply(chosen, x, total, tau)
     return y
 

@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from implicit_layers import checks, scores, simplex, transforms
-from implicit_layers.eager import uncompiled
+from implicit_layers.attached import attached
+from implicit_layers.eager import traced, uncompiled
 from implicit_layers.errors import ArgumentError
 from implicit_layers.jacobian import transform_active
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.scores import Empty
-from implicit_layers.solvers import entmax_newton
+from implicit_layers.solvers import entmax_newton, operators
 
 Setting = Tensor | float
 
@@ -87,7 +88,7 @@ def entmax(
         bounded by the square of the dtype's precision then.
     Raises:   as `softmax`; ValueError: α < 1, infinite or NaN.
     Cost:     as `sparsemax`; an exponential and a logarithm an entry and iteration unless α is the number 1, 1.5 or 2.
-        α > 2 costs a sort of the scores near the largest and log₂ n further iterations, in float64.
+        α > 2 costs a search among the largest scores, in float64, and a sort where many of them are chosen.
     Source:   Peters, Niculae & Martins (2019), arXiv:1905.05702; gradient in α: Correia, Niculae & Martins (2019),
         arXiv:1909.00015. Monotone Newton in place of sort and bisection.
 
@@ -124,9 +125,19 @@ def check_alpha(alpha: Tensor | float) -> None:
         )
 
 
-@uncompiled
 def _differentiable(x: Tensor, top: Tensor, tau: Setting, alpha: Setting) -> Tensor:
-    """`_Entmax` as a function that the compiler leaves whole: its iterations depend on the data."""
+    """The answer to rows, differentiably."""
+    if not traced():
+        return _by_rule(x, top, tau, alpha)
+    plain = (s.detach() if isinstance(s, Tensor) else s for s in (tau, alpha))
+    y = operators.entmax(x.detach(), top, *plain)
+    none = torch.empty(*y.shape[:-1], 0, dtype=torch.long, device=y.device)
+    return attached(y, lambda y: _Part(y, none, alpha).s, lambda y: _Part(y, none, alpha).u(), x, tau)
+
+
+@uncompiled
+def _by_rule(x: Tensor, top: Tensor, tau: Setting, alpha: Setting) -> Tensor:
+    """`_Entmax` as a function that the compiler leaves whole."""
     y: Tensor = _Entmax.apply(x, top, tau, alpha)[0]
     return y
 
@@ -136,11 +147,7 @@ class _Entmax(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, top: Tensor, tau: Setting, alpha: Setting) -> tuple[Tensor, Tensor]:
-        batch, n = x.shape[:-1], x.shape[-1]
-        count = batch.numel()
-        tau, alpha = (s.reshape(count, 1) if isinstance(s, Tensor) else s for s in (tau, alpha))
-        y, columns = entmax_newton.solve(x.reshape(count, n), top.reshape(count, 1), tau, alpha)
-        return y.reshape(x.shape), columns.reshape(*batch, columns.shape[-1])
+        return entmax_newton.point(x, top, tau, alpha)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -300,6 +307,8 @@ def _safe_log(y: Tensor) -> Tensor:
 
 def _final() -> bool:
     """Whether nobody differentiates what is computed now, so that an infinite derivative at zero does no harm."""
+    if torch.compiler.is_compiling():
+        return False
     return not torch.is_grad_enabled() and not transform_active() and forward_ad._current_level < 0
 
 

@@ -1,5 +1,7 @@
 """The mechanism: one solver, one VJP, one JVP for every regulariser; the generic core and closed forms as oracles."""
 
+import copy
+import gc
 import math
 
 import mpmath
@@ -9,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import implicit_layers as il
 from implicit_layers.regularizers import BINARY_ENTROPY, BOX, ENTROPY, EUCLIDEAN, tsallis
+from implicit_layers.solvers import separable
 
 LOG_BARRIER = il.Regularizer(
     "log barrier",
@@ -183,3 +186,20 @@ def test_tsallis_is_right_in_every_digit_and_its_gradient_too(alpha, dtype, tol,
                 ]
                 right = float(sum(w * (p - m) for w, p, m in zip(g, *sides, strict=True)) / (2 * step))
             assert abs(float(found[i]) - right) <= 1e4 * tol * (1 + abs(right)), (i, float(found[i]), right)
+
+
+def test_a_compiled_graph_finds_the_regulariser_that_it_was_made_for():
+    """By a key of its own, also where two have one name; copies are the same one, and none is kept alive."""
+    maps = {"primal": EUCLIDEAN.primal, "weight": EUCLIDEAN.weight, "value": EUCLIDEAN.value, "slope": EUCLIDEAN.slope}
+    first, second = il.Regularizer("one name", **maps), il.Regularizer("one name", **maps, cap=0.5)
+    assert copy.deepcopy(second) is second and copy.copy(second) is second
+    x = X[0]
+    for made in (first, second):
+        found = torch.ops.implicit_layers.choose(x, x.new_ones(1), x.new_ones(1), made.key)
+        assert torch.equal(found, il.regularized_argmax(x, made))
+    key = second.key
+    assert separable.known(key) is second
+    del second, made
+    gc.collect()
+    with pytest.raises(KeyError):
+        separable.known(key)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.gradcheck import GradcheckError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit_layers as il
 from implicit_layers import tsallis
-from implicit_layers.solvers import entmax_newton
+from implicit_layers.solvers import entmax_newton, entmax_steep
 from tests.planted import planted
 
 INF = math.inf
@@ -94,6 +95,55 @@ def test_beyond_sparsemax_entries_just_above_zero_are_right(alpha):
         single = x.float()
         expected = [float(v) for v in by_many_digits([mpmath.mpf(float(v)) for v in single], alpha)]
         close(il.entmax(single, alpha), expected, 2e-7)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(2.5, 1e-1), (4.0, 1e-3), (3.0, 1e-2), (2.5, 1e-7), (3.0, 0.0)])
+def test_beyond_sparsemax_nearly_equal_scores_are_right(alpha, scale):
+    """Supports of few, of many and of all the scores, and rows of different ones together."""
+    x = draw(24, scale=scale, seed=3) + 1
+    expected = [float(v) for v in by_many_digits([mpmath.mpf(float(v)) for v in x], alpha)]
+    close(il.entmax(x, alpha), expected, 4e-15)
+    other = draw(24, scale=2.0, seed=4)
+    close(il.entmax(torch.stack([other, x]), alpha), torch.stack([il.entmax(other, alpha), il.entmax(x, alpha)]), 4e-15)
+    close(torch.func.vmap(lambda x: il.entmax(x, alpha))(x[None])[0], expected, 4e-15)
+
+
+class Powers(TorchDispatchMode):
+    """Counts the powers, which are what costs."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.pow, torch.ops.aten.pow_):
+            self.count += max(x.numel() for x in args if isinstance(x, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("alpha", [2.5, 3.0, 4.0])
+def test_beyond_sparsemax_nearly_equal_scores_cost_little_more(alpha):
+    """What counts is the size of the support; where it is the whole row, nothing is searched for."""
+    counts = []
+    for scale in (1.0, 0.2, 0.0):
+        with Powers() as powers:
+            entmax_steep.solve(scale * draw(16, 256, seed=5), 1.0, alpha - 1, True)
+        counts.append(powers.count)
+    ordinary, near, equal = counts
+    assert ordinary > 0 and near <= 5 * ordinary
+    assert equal <= 4 * 16 * 256
+
+
+def test_a_support_that_single_precision_misses_is_found_again(monkeypatch):
+    x = draw(8, 64, scale=1e-2, seed=6)
+    expected, found = il.entmax(x, 3.0), entmax_steep._halving
+
+    def off_by_one(best, tau, delta, dtype):
+        place = found(best, tau, delta, dtype)
+        return place if dtype == torch.float64 else place + torch.tensor([[1], [-1]] * 4)
+
+    monkeypatch.setattr(entmax_steep, "_halving", off_by_one)
+    assert torch.equal(il.entmax(x, 3.0), expected)
 
 
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])

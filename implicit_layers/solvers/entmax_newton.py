@@ -37,6 +37,17 @@ class Chosen(NamedTuple):
     columns: Tensor  # (R, K), contains the support of each row; K = 0: not narrowed
 
 
+def point(
+    x: Tensor, top: Tensor, tau: Tensor | float, alpha: Tensor | float
+) -> tuple[Tensor, Tensor]:  # (*B, n), (*B, 1), ... -> (*B, n), (*B, K)
+    """`solve` for any leading dimensions."""
+    batch, n = x.shape[:-1], x.shape[-1]
+    count = batch.numel()
+    tau, alpha = (s.reshape(count, 1) if isinstance(s, Tensor) else s for s in (tau, alpha))
+    y, columns = solve(x.reshape(count, n), top.reshape(count, 1), tau, alpha)
+    return y.reshape(x.shape), columns.reshape(*batch, columns.shape[-1])
+
+
 def solve(x: Tensor, top: Tensor, tau: Tensor | float, alpha: Tensor | float) -> Chosen:
     """Find α-entmax of the rows of x (R, n) with maxima top (R, 1); τ and α are numbers or (R, 1)."""
     watch = checks.readable(x)

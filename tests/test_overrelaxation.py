@@ -8,6 +8,7 @@ from torch import Tensor
 
 import implicit_layers as il
 from implicit_layers.solvers import overrelaxation
+from implicit_layers.solvers.overrelaxation_alone import scale_alone
 
 DOUBLE = torch.float64
 
@@ -32,7 +33,8 @@ def plain(L: Tensor, a: Tensor, b: Tensor, tol: float) -> tuple[Tensor, int]:
 
 
 def run(L: Tensor, a: Tensor, b: Tensor, tol: float = 1e-10, patience: float = 1e4) -> overrelaxation.Scaled:
-    return overrelaxation.scale(L, a, b, tol, 10000, False, float(L.max() - L.min()), patience)
+    scale = scale_alone if len(L) == 1 else overrelaxation.scale
+    return scale(L, a, b, a.sum(-1, keepdim=True), tol, 10000, False, float(L.max() - L.min()), patience)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -89,4 +91,4 @@ def test_it_gives_up_early_and_says_so():
 
 def run_empty() -> overrelaxation.Scaled:
     C, a, b = data(8, 6, 5, 2)
-    return overrelaxation.scale(C[:0], a[:0], b[:0], 1e-9, 100, False, 0.0, 10.0)
+    return overrelaxation.scale(C[:0], a[:0], b[:0], a[:0, :1], 1e-9, 100, False, 0.0, 10.0)

@@ -27,7 +27,7 @@ from implicit_layers.solution import OnFailure, Solution, SolveInfo, Status, che
 from implicit_layers.solvers.scaling import Range, Scaling
 
 _SAME = 1e-6  # relative difference of sums that is taken for rounding: of a float32 softmax, say
-_COARSE = 1e-6  # tolerance from which a plan in float32 may be that of exponentials in float32
+_COARSE = 1e-6  # tolerance from which large float32 costs may be rounded once more
 
 
 def sinkhorn(
@@ -58,7 +58,8 @@ def sinkhorn(
         max_iter: cap on the scaling iterations and Newton steps together.
         on_failure: "raise", or "warn" / "ignore": problems that fail keep their last iterate, get zero gradient and
             are marked in `info`; their neighbours are untouched. Data that are refused raise in any case.
-        Leading dimensions *B broadcast. All is computed in float64 inside, and half precision is accepted.
+        Leading dimensions *B broadcast. All is computed in float64 inside, and half precision is accepted. Of one
+        large problem in float32 with `tol` of 1e-6 or more, C/ε may be rounded to float32 once again.
 
     Returns:  Solution(value, info): P*, (*B, n, m), in the dtype and on the device of `C`; `info` has one entry a
               problem.
@@ -104,7 +105,7 @@ def sinkhorn(
     known = _range(C, a, b, epsilon, dtype) if checks.readable(C, a, b) else None
     if known is not None and known.spread < torch.inf:
         fresh = C.dtype != torch.float64 and not isinstance(epsilon, Tensor)
-        L = C.double().div_(-epsilon) if fresh else C.double() / -epsilon
+        L = C.double().mul_(-1 / epsilon) if fresh else C.double() / -epsilon
     else:
         forbidden = C.detach() == torch.inf
         L = (C.double().masked_fill(forbidden, 0.0) / -epsilon).masked_fill(forbidden, -torch.inf)
@@ -131,13 +132,16 @@ def _range(C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor | float, dtype: torc
         _check_costs(C)
         checks.finite(a=a, b=b)
         _check_marginals(a, b, dtype)
-        return Range(0.0, 0.0)
+        return Range(0.0, 0.0, 0.0)
     mass, other = a.sum(-1), b.sum(-1)
     apart = (mass - other).abs_().sub_(torch.maximum(mass, other), alpha=_allowed(a, b, dtype))
     ends = [t.double() for t in torch.aminmax(C)]
-    tau = [epsilon.detach().amin()] if isinstance(epsilon, Tensor) else []
-    low, high, least, least_b, gap, *coldest = checks.host_floats(*ends, a.amin(), b.amin(), apart.amax(), *tau)
-    known = Range((high - low) / (float(epsilon) if not coldest else coldest[0]), min(least, least_b))
+    temperatures = [epsilon.detach().amin()] if isinstance(epsilon, Tensor) else []
+    low, high, least, least_b, gap, *coldest = checks.host_floats(
+        *ends, a.amin(), b.amin(), apart.amax(), *temperatures
+    )
+    tau = coldest[0] if coldest else float(epsilon)
+    known = Range((high - low) / tau, min(least, least_b), max(abs(low), abs(high)) / tau)
     if not (known.spread < torch.inf and known.least >= 0 and gap <= 0):  # NaN is none of these
         _check_costs(C)
         checks.finite(a=a, b=b)

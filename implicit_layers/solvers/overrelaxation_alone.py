@@ -1,7 +1,7 @@
 """One transport plan by the over-relaxed iterations of `overrelaxation`, what is known of their pace kept on the host.
 
 A small problem is overhead alone, so a look at the error is a dozen small operations and one read. A large one is
-memory traffic, so far from the answer K is read in float32, where it holds every entry.
+exponentials and memory traffic, so where float32 will do for K, it is made and, far from the answer, read in that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from implicit_layers.solvers.overrelaxation import (
 )
 
 _LARGE = 2**16  # entries of K from which reading fewer bytes pays for a copy of it
-_LOST_SINGLE, _WIDE_SINGLE = 60.0, 25.0  # what LOST and WIDE are in float32
+_WIDE_SINGLE = 25.0  # what WIDE is in float32
 _SINGLE = 2e-6  # error that float32 can see
 
 
@@ -200,21 +200,15 @@ def scale_alone(
 ) -> Scaled:
     """Iterate until it is done, or needs more iterations than there is patience; see `overrelaxation.scale`.
 
-    There is one problem in *B, which the shapes of what is returned keep. `rounded`: K may have float32's precision.
+    There is one problem in *B, which the shapes of what is returned keep. `rounded`: L may
+    be rounded to float32, and its exponentials are no problem there.
     """
     batch, (n, m) = L.shape[:-2], L.shape[-2:]
     L_one, a_one, b_one = L.reshape(n, m), a.reshape(n), b.reshape(m)
     aim, state, v = AIM * tol, _Progress(_Pace(), 0), None
-    coarse = not odd and spread < _LOST_SINGLE and n * m >= _LARGE
-    if coarse and rounded:
-        top = L.amax(-1)
-        single = torch.sub(L, top.unsqueeze(-1), out=torch.empty_like(L, dtype=torch.float32)).exp_()
-        plan = single.double()
-    else:
-        top, plan = kernel(L, odd)
-        single = plan.float() if coarse else plan
-    K = plan.reshape(n, m)
-    if coarse:
+    if rounded and not odd and n * m >= _LARGE:
+        single = L.float().exp_()
+        top, plan = torch.zeros_like(a), single.double()
         work = _Iterates(single.reshape(n, m), a_one.float(), b_one.float(), odd)
         work.start(torch.ones_like(work.b))
         state = state.through(work, max(aim, _SINGLE), max_iter, patience, _WIDE_SINGLE, None, odd)
@@ -222,6 +216,9 @@ def scale_alone(
             state, v = state._replace(pace=state.pace._replace(since=0, least=math.inf)), work.v.double()
         else:  # float32 was not enough
             state = _Progress(_Pace(), state.used)
+    else:
+        top, plan = kernel(L, odd)
+    K = plan.reshape(n, m)
     work = _Iterates(K, a_one, b_one, odd)
     work.start(torch.ones_like(b_one) if v is None else v)
     state = state.through(work, aim, max_iter, patience, WIDE, L_one, odd)

@@ -30,6 +30,7 @@ _NEAR, _STRAY = 0.3, 0.6  # relative errors between which the path is followed
 _STEP = 20.0  # the largest change of a potential in one step: parts of a plan that hardly touch ask for any change
 _TRIALS = 30
 _IDLE = 20  # Newton steps without any gain after which rounding is all that is left
+_OFFSET, _SMALL = 2.0, 60.0  # how large L may be to be rounded: next to its spread, and at all
 _NEWTON_LIMIT = 500  # a problem that takes more Newton steps than this will not be solved
 
 
@@ -49,14 +50,15 @@ class Range(NamedTuple):
 
     spread: float  # the largest L without the least, inf where an entry is forbidden
     least: float  # the smallest mass
+    largest: float  # |L|
 
     @staticmethod
     def of(L: Tensor, a: Tensor, b: Tensor) -> Range:
         """Look, once."""
         if not L.numel():
-            return Range(0.0, 1.0)
+            return Range(0.0, 1.0, 0.0)
         low, high, least = checks.host_floats(*torch.aminmax(L), torch.minimum(a.amin(), b.amin()))
-        return Range(high - low if low > -math.inf else math.inf, least)
+        return Range(high - low if low > -math.inf else math.inf, least, max(abs(low), abs(high)))
 
 
 class _Plan(NamedTuple):
@@ -106,7 +108,7 @@ class Scaling:
     Attributes:
         tol:      error of the marginals in the sum norm, relative to the mass.
         max_iter: cap on scaling iterations and Newton steps together.
-        rounded:  whether exponentials may be rounded to float32, where they are many.
+        rounded:  whether L may be rounded to float32 where it is large, as if the costs were rounded once more.
     """
 
     tol: float
@@ -142,7 +144,8 @@ class Scaling:
         a, b = a / sum_a, b / sum_b
         patience = _NEWTON_STEPS * (_NEWTON_FIXED + L.shape[-1] / _NEWTON_SIZE)
         problem = (L, a, b, mass, self.tol, self.max_iter, forbidden or missing, known.spread, patience)
-        scaled = scale_alone(*problem, rounded=self.rounded) if batch.numel() == 1 else scale(*problem)
+        rounded = self.rounded and known.largest <= min(_OFFSET * known.spread, _SMALL)
+        scaled = scale_alone(*problem, rounded=rounded) if batch.numel() == 1 else scale(*problem)
         P, phi, psi, iterations, residual = scaled.P, scaled.phi, scaled.psi, scaled.iterations, scaled.error
         infeasible = None
         if P is None or phi is None:

@@ -28,6 +28,7 @@ from implicit_layers.solvers.scaling import Range, Scaling
 
 _SAME = 1e-6  # relative difference of sums that is taken for rounding: of a float32 softmax, say
 _COARSE = 1e-6  # tolerance from which large float32 costs may be rounded once more
+_ADVICE = "Raise max_iter, or the temperature, which may be too small for costs that far apart."
 
 
 def sinkhorn(
@@ -141,7 +142,8 @@ def _range(C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor | float, dtype: torc
         *ends, a.amin(), b.amin(), apart.amax(), *temperatures
     )
     tau = coldest[0] if coldest else float(epsilon)
-    known = Range((high - low) / tau, min(least, least_b), max(abs(low), abs(high)) / tau)
+    spread = high - low if high < torch.inf else torch.inf  # also where all entries are forbidden
+    known = Range(spread / tau, min(least, least_b), max(abs(low), abs(high)) / tau)
     if not (known.spread < torch.inf and known.least >= 0 and gap <= 0):  # NaN is none of these
         _check_costs(C)
         checks.finite(a=a, b=b)
@@ -217,7 +219,9 @@ class _Sinkhorn(torch.autograd.Function):
         converged = found.status == int(Status.CONVERGED)
         info = SolveInfo(found.status, converged, found.iterations, found.residual)
         solver = settings.solver
-        report_failure(info, settings.on_failure, what="sinkhorn", tol=solver.tol, max_iter=solver.max_iter)
+        report_failure(
+            info, settings.on_failure, what="sinkhorn", tol=solver.tol, max_iter=solver.max_iter, advice=_ADVICE
+        )
         return *(x.clone() if x._is_view() else x for x in found[:3]), *info  # a view is not the caller's to change
 
     @staticmethod

@@ -17,7 +17,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from implicit_layers.projections.door import enforce, finite, kept_within, poisoned, positive, rows, some_entries
+from implicit_layers.projections.door import (
+    enforce,
+    finite,
+    headroom,
+    kept_within,
+    poisoned,
+    positive,
+    rows,
+    some_entries,
+)
 
 
 def isotonic(
@@ -74,8 +83,9 @@ def isotonic(
 
 def _means(z: Tensor, w: Tensor, real: Tensor | None) -> Tensor:  # (*B, n) each -> (*B, n)
     """The nondecreasing regression, with its derivative."""
-    block = blocks(z.detach(), w.detach(), real)
-    y = block_sums(w * z, block) / block_sums(w, block)
+    block = blocks(headroom(z) * z.detach(), w.detach(), real)
+    part = headroom(w) * w
+    y = block_sums(part / block_sums(part, block) * z, block)  # shares first, so that no sum is larger than z
     return kept_within(y, y.detach().cummax(-1).values)  # equal means may differ by rounding
 
 

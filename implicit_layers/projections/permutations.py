@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicit_layers.errors import ArgumentTypeError
-from implicit_layers.projections.door import enforce, finite, poisoned, rows, some_entries
+from implicit_layers.projections.door import enforce, finite, headroom, poisoned, rows, some_entries
 from implicit_layers.projections.isotone import block_sums, blocks, front, packed
 
 
@@ -66,14 +66,15 @@ def onto_permutahedron(
     """
     x, w = torch.broadcast_tensors(x, w) if isinstance(tau, float) else torch.broadcast_tensors(x, w, tau)[:2]
     order, w_order = _descending(x, kept), _descending(w, kept_w)
-    s, w = x.gather(-1, order), w.gather(-1, w_order)
+    small = headroom(x)
+    s, w = small * x.gather(-1, order), small * w.gather(-1, w_order)
     real = None if kept is None else kept.expand(x.shape).gather(-1, order)
     s = s - s.detach().narrow(-1, 0, 1)  # the projection does not see a shift
     block = blocks((tau * w - s).detach(), torch.ones_like(s), real)
     size = block_sums(torch.ones_like(s), block)
     first = torch.searchsorted(packed(block), packed(block))
     gap = s - s.detach().gather(-1, first)  # subtracted first, so that nothing is lost where s is much larger than w
-    y = (gap - block_sums(gap, block) / size) / tau + block_sums(w, block) / size
+    y = (gap - block_sums(gap, block) / size) / tau / small + block_sums(w, block) / size / small
     y = y if real is None else torch.where(real, y, 0 * (s + w).detach())  # zero, or NaN where all of a point is
     return y.gather(-1, order.argsort(-1))
 

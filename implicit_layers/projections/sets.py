@@ -11,7 +11,17 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, ShapeError
-from implicit_layers.projections.door import Rows, Rule, enforce, finite, poisoned, positive, rows, some_entries
+from implicit_layers.projections.door import (
+    Rows,
+    Rule,
+    enforce,
+    finite,
+    headroom,
+    poisoned,
+    positive,
+    rows,
+    some_entries,
+)
 
 
 def box(x: Tensor, *, lb: Tensor | float | None = None, ub: Tensor | float | None = None) -> Tensor:  # (*) -> (*)
@@ -130,8 +140,7 @@ def half_space(
     tensor([1., 0.])
     """
     points, a, b = _plane(x, dim, normal, offset, mask)
-    gap = (a * points.x).sum(-1, keepdim=True) - b
-    return points.back(points.x - gap.relu() / a.square().sum(-1, keepdim=True) * a)
+    return points.back(points.x - _beyond(points.x, a, b).relu() * a)
 
 
 def hyperplane(
@@ -152,8 +161,14 @@ def hyperplane(
     tensor([1., 2.])
     """
     points, a, b = _plane(x, dim, normal, offset, mask)
-    gap = (a * points.x).sum(-1, keepdim=True) - b
-    return points.back(points.x - gap / a.square().sum(-1, keepdim=True) * a)
+    return points.back(points.x - _beyond(points.x, a, b) * a)
+
+
+def _beyond(x: Tensor, a: Tensor, b: Tensor) -> Tensor:  # (*B, n), (*B, n), (*B, 1) -> (*B, 1)
+    """(aᵀx − b)/‖a‖² for max |a| = 1, halved as often as it takes for the sum not to overflow."""
+    small = headroom(x)
+    gap = (a * (small * x)).sum(-1, keepdim=True) - small * b
+    return gap / a.square().sum(-1, keepdim=True) / small
 
 
 def _plane(

@@ -179,6 +179,80 @@ def denoising(result: Result) -> str:
     return f"{_markdown(lines, left=1)}\n\n{_provenance(result, 'benchmarks.denoising')}"
 
 
+def _means(result: Result, key: str, columns: dict[str, str]) -> str:
+    """One line a way of training, the mean over its seeds and, in brackets, the least and the most."""
+    names = list(dict.fromkeys(row[key] for row in result["rows"]))
+    lines = [[key, *columns]]
+    for name in names:
+        rows = [row for row in result["rows"] if row[key] == name]
+        found = [[row[column] for row in rows] for column in columns]
+        shown = [
+            (form.format(statistics.mean(values)) + f" ({form.format(min(values))} – {form.format(max(values))})")
+            for form, values in zip(columns.values(), found, strict=True)
+        ]
+        lines.append([name, *shown])
+    seeds = max(sum(row[key] == name for row in result["rows"]) for name in names)
+    words = f"The mean of {seeds} seeds, and the least and the most."
+    source = _provenance(result, f"benchmarks.{result['suite']}").replace("float64, medians", "float32")
+    return f"{_markdown(lines, left=1)}\n\n{words} {source}"
+
+
+def digit_pairs(result: Result) -> str:
+    """One line a head: how many pictures of two digits it reads right."""
+    return _means(result, "head", {"both right": "{:.3f}", "digits right": "{:.3f}", "seconds": "{:.1f}"})
+
+
+def sparse_attention(result: Result) -> str:
+    """One line an attention: what it predicts, what it leaves out, and how long a step takes."""
+    columns = {"bits a letter": "{:.3f}", "weights that are zero": "{:.2f}", "ms a step": "{:.0f}"}
+    return _means(result, "attention", columns)
+
+
+def transport_forward(result: Result) -> str:
+    """One line a problem: ours, and how many times longer POT takes."""
+    cases: dict[tuple[str, str, str], dict[str, Result]] = {}
+    for row in result["rows"]:
+        if row["suite"] == "sinkhorn forward":
+            cases.setdefault((row["dtype"], str(row["n"]), f"{row['tau']:g}"), {})[row["contender"]] = row
+    equal = f"{OURS}, at POT's error"
+    heads = ["dtype", "n", "ε", "ours, ms", "at POT's error, ms", "POT", "POT, log domain", "error: ours", "POT"]
+    lines = [heads]
+    for key, found in cases.items():
+        ours = found.get(equal, found[OURS])
+        times = [_figure(row["forward_ms"]["median"]) for row in (found[OURS], ours)]
+        peers = [found.get(f"POT {method}") for method in ("sinkhorn", "sinkhorn_log")]
+        against = [_against(None if row is None else {**row, "status": "ok"}, ours) for row in peers]
+        errors = ["" if row is None else _power(row["marginal_error"]) for row in (ours, peers[0])]
+        lines.append([*key, *times, *against, *errors])
+    words = (
+        "Ours with POT's threshold as the tolerance, and with the loosest power of ten that comes as near the "
+        "marginals as POT, or as its threshold; in brackets: how many times longer than the latter."
+    )
+    source = _provenance(result, "benchmarks.transport").replace("float64, medians", "medians")
+    return f"{_markdown(lines, left=1)}\n\n{words} {source}"
+
+
+def transport_backward(result: Result) -> str:
+    """One line a way to the gradient: time, memory, and how far it is from the exact one."""
+    rows = [row for row in result["rows"] if row["suite"] == "sinkhorn backward"]
+    heads = ["ε, dtype", "gradient", "iterations", "forward, ms", "backward, ms", "saved, MiB", "peak, MiB", "error"]
+    lines, first = [heads], {}
+    for row in rows:
+        ours = first.setdefault((row["tau"], row["dtype"]), row)
+        cells = [_against({**row, "status": "ok", "total_ms": row[key]}, {"total_ms": ours[key]}) for key in _BOTH]
+        memory = [f"{row[key]:.3g}" for key in ("graph_MiB", "peak_MiB")]
+        name = f"{row['tau']:g}, {row['dtype']}"
+        lines.append([name, row["contender"], str(row["iterations"]), *cells, *memory, _power(row["gradient_error"])])
+    words = (
+        f"{rows[0]['batch']} problems of {rows[0]['n']} × {rows[0]['n']}; in brackets: times the first line of its ε. "
+    )
+    source = _provenance(result, "benchmarks.transport").replace("float64, medians", "medians")
+    return f"{_markdown(lines, left=2)}\n\n{words}{source}"
+
+
+_BOTH = ("forward_ms", "backward_ms")
+
+
 def kernel_choice(result: Result) -> str:
     """One line a kernel: its times, how many times longer than C++ it takes, and what it costs before it runs."""
     measured = [row for row in result["rows"] if "ms" in row]
@@ -224,6 +298,10 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "hard-qps": ("maros", hard_qps),
     "sudoku": ("sudoku", sudoku),
     "denoising": ("denoising", denoising),
+    "digit-pairs": ("digit_pairs", digit_pairs),
+    "sparse-attention": ("sparse_attention", sparse_attention),
+    "transport-forward": ("transport", transport_forward),
+    "transport-backward": ("transport", transport_backward),
     "kernel-choice": ("kernel_choice", kernel_choice),
     "vae-gradients": ("vae-gradients", vae_gradients),
     "vae-sequences-fixed": ("vae-sequences-fixed", vae_comparison),

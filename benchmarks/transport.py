@@ -1,37 +1,45 @@
 """Polytopes and transport plans: gradient truth, speed and memory against unrolled autograd and POT (where installed).
 
-`rows()` gives dictionaries that JSON takes; `python -m benchmarks.transport [--quick]` prints them. POT is optional:
-`pip install --no-deps POT`.
+`python -m benchmarks.transport [--quick]` writes `results/transport.json`. Contenders are timed in turns, round by
+round. POT is optional: `pip install --no-deps POT`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import implicit_layers as il
+from benchmarks.peak import peak_bytes
+from benchmarks.run import RESULTS, save
 
 Row = dict[str, Any]
+OURS, EQUAL = "implicit_layers", "implicit_layers, at POT's error"
 HAS_POT = importlib.util.find_spec("ot") is not None
 
 
-def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """The median over repeated calls, the first left out."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+def milliseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Row]:
+    """The time of each call in every round, and the median; the first round is left out."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(float(f"{1e3 * (time.perf_counter() - start):.4g}"))
+    return {name: {"median": statistics.median(found[1:]), "repeats": found[1:]} for name, found in times.items()}
+
+
+def once(call: Callable[[], object], rounds: int) -> Row:
+    """The same for one call."""
+    return milliseconds({"": call}, rounds)[""]
 
 
 def plan_data(batch: int, n: int, m: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,80 +80,103 @@ def kept_bytes(call: Callable[[], Tensor]) -> int:
 
 
 def sinkhorn_backward(quick: bool) -> Iterator[Row]:
-    """Backward through 200 unrolled iterations against the implicit one: time, memory, distance from the exact one."""
-    size, batch, repeats = (30, 4, 2) if quick else (100, 16, 5)
+    """Implicit gradients against those of unrolled iterations: time, memory, distance from the exact one."""
+    size, batch, rounds = (30, 4, 2) if quick else (100, 16, 7)
     for tau in (0.1, 0.03):
         for dtype in (torch.float64, torch.float32):
-            exact_data = plan_data(batch, size, size)
-            C, a, b = (t.to(dtype) for t in exact_data)
-            weights = torch.randn(batch, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            yield from _backward(size, batch, tau, dtype, rounds)
 
-            def gradient(function: Callable[[Tensor], Tensor], C: Tensor, weights: Tensor = weights) -> Tensor:
-                leaf = C.clone().requires_grad_()
-                return torch.autograd.grad((function(leaf) * weights.to(C.dtype)).sum(), leaf)[0].double()
 
-            def exact(C: Tensor, data: tuple[Tensor, ...] = exact_data, tau: float = tau) -> Tensor:
-                return il.sinkhorn(C, *data[1:], temperature=tau, tol=1e-13).value
+def _backward(size: int, batch: int, tau: float, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
+    """Every way of one problem; the implicit one with two tolerances, for what more iterations cost."""
+    exact_data = plan_data(batch, size, size)
+    C, a, b = (t.to(dtype) for t in exact_data)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(batch, size, size, generator=generator, dtype=torch.float64)
 
-            truth = gradient(exact, exact_data[0])
-            contenders = {
-                "implicit": lambda C, a=a, b=b, tau=tau: il.sinkhorn(C, a, b, temperature=tau).value,
-                "unrolled 200": lambda C, a=a, b=b, tau=tau: unrolled(C, a, b, tau, 200),
-            }
-            for name, function in contenders.items():
-                leaf = C.clone().requires_grad_()
-                P = function(leaf)
-                pull = weights.to(dtype)
-                backward = milliseconds(
-                    lambda P=P, leaf=leaf, pull=pull: torch.autograd.grad(P, leaf, pull, retain_graph=True), repeats
-                )
-                with torch.no_grad():
-                    forward = milliseconds(lambda f=function, C=C: f(C), repeats)
-                yield {
-                    "suite": "sinkhorn backward",
-                    "contender": name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "batch": batch,
-                    "n": size,
-                    "tau": tau,
-                    "forward_ms": forward,
-                    "backward_ms": backward,
-                    "graph_MiB": kept_bytes(lambda f=function, leaf=leaf: f(leaf)) / 2**20,
-                    "gradient_error": float((gradient(function, C) - truth).norm() / truth.norm()),
-                }
+    def implicit(C: Tensor, tol: float, a: Tensor = a, b: Tensor = b) -> il.Solution:
+        return il.sinkhorn(C, a, b, temperature=tau, tol=tol)
+
+    def gradient(function: Callable[[Tensor], Tensor], C: Tensor) -> Tensor:
+        leaf = C.clone().requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf, weights.to(C.dtype))[0].double()
+
+    truth = gradient(lambda C: implicit(C, 1e-13, *exact_data[1:]).value, exact_data[0])
+    ways: dict[tuple[str, int], Callable[[Tensor], Tensor]] = {}
+    for tol in (1e-9, 1e-3):
+        used = int(implicit(C, tol).info.iterations.max())
+        ways[f"implicit, tol {tol:.0e}", used] = lambda C, tol=tol: implicit(C, tol).value
+    for count in (50, 200):
+        ways["unrolled", count] = lambda C, count=count: unrolled(C, a, b, tau, count)
+    leaves = {way: C.clone().requires_grad_() for way in ways}
+    plans = {way: function(leaves[way]) for way, function in ways.items()}
+    pull = weights.to(dtype)
+    backward = milliseconds(
+        {w: lambda w=w: torch.autograd.grad(plans[w], leaves[w], pull, retain_graph=True) for w in ways}, rounds
+    )
+    with torch.no_grad():
+        forward = milliseconds({w: lambda f=f: f(C) for w, f in ways.items()}, rounds)
+    for way, function in ways.items():
+        yield {
+            "suite": "sinkhorn backward",
+            "contender": way[0],
+            "iterations": way[1],
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch": batch,
+            "n": size,
+            "tau": tau,
+            "forward_ms": forward[way],
+            "backward_ms": backward[way],
+            "graph_MiB": kept_bytes(lambda f=function, way=way: f(leaves[way])) / 2**20,
+            "peak_MiB": peak_bytes(lambda f=function: gradient(f, C), C.device) / 2**20,
+            "gradient_error": float((gradient(function, C) - truth).norm() / truth.norm()),
+        }
 
 
 def sinkhorn_forward(quick: bool) -> Iterator[Row]:
-    """Forward alone against POT's torch backend, both at the marginal error that POT's threshold gives."""
+    """Forward alone against POT's torch backend."""
     for dtype, threshold in ((torch.float64, 1e-9),) if quick else ((torch.float64, 1e-9), (torch.float32, 1e-6)):
         for n in (50,) if quick else (20, 50, 100, 500):
-            for tau in (0.1, 0.03, 0.01) if quick else (1.0, 0.1, 0.03, 0.01):
-                yield from _forward(n, tau, dtype, threshold, quick)
+            for tau in (0.1, 0.03) if quick else (1.0, 0.1, 0.03, 0.01):
+                yield from _forward(n, tau, dtype, threshold, 2 if quick else 9 if n == 500 else 40)
 
 
-def _forward(n: int, tau: float, dtype: torch.dtype, threshold: float, quick: bool) -> Iterator[Row]:
-    """Every contender on one problem."""
+def _forward(n: int, tau: float, dtype: torch.dtype, threshold: float, rounds: int) -> Iterator[Row]:
+    """Every contender on one problem: ours with POT's threshold as the tolerance, and at the error that POT reaches."""
     C, a, b = (t[0].to(dtype) for t in plan_data(1, n, n))
-    contenders: dict[str, Callable[[], Tensor]] = {}
-    if HAS_POT:
-        import ot
 
-        for method in ("sinkhorn", "sinkhorn_log"):
-            contenders[f"POT {method}"] = lambda m=method: ot.sinkhorn(
-                a, b, C, tau, method=m, stopThr=threshold, numItermax=20000, warn=False
-            )
-    contenders["implicit_layers"] = lambda: il.sinkhorn(C, a, b, temperature=tau, tol=threshold).value
-    for name, call in contenders.items():
-        with torch.no_grad():
-            P = call()
+    def ours(tol: float) -> Tensor:
+        return il.sinkhorn(C, a, b, temperature=tau, tol=tol).value
+
+    def error(P: Tensor) -> float:
+        return marginal_error(P.double(), a.double(), b.double())
+
+    calls: dict[str, Callable[[], Tensor]] = {OURS: lambda: ours(threshold)}
+    tolerances = {OURS: threshold}
+    with torch.no_grad():
+        if HAS_POT:
+            import ot
+
+            for method in ("sinkhorn", "sinkhorn_log"):
+                calls[f"POT {method}"] = lambda m=method: ot.sinkhorn(
+                    a, b, C, tau, method=m, stopThr=threshold, numItermax=20000, warn=False
+                )
+            reached = max(threshold, error(calls["POT sinkhorn"]()))
+            tol = next(t for t in (10.0**-k for k in range(2, 14)) if error(ours(t)) <= reached)
+            calls[EQUAL], tolerances[EQUAL] = lambda: ours(tol), tol
+        logs = {name: call for name, call in calls.items() if name.endswith("_log")}  # slow, and far behind
+        times = milliseconds({name: call for name, call in calls.items() if name not in logs}, rounds)
+        times |= milliseconds(logs, 2)
+        for name, call in calls.items():
             yield {
                 "suite": "sinkhorn forward",
                 "contender": name,
                 "dtype": str(dtype).removeprefix("torch."),
                 "n": n,
                 "tau": tau,
-                "forward_ms": milliseconds(call, 2 if quick else 15),
-                "marginal_error": marginal_error(P.double(), a.double(), b.double()),
+                "tol": tolerances.get(name, threshold),
+                "forward_ms": times[name],
+                "marginal_error": error(call()),
             }
 
 
@@ -164,7 +195,7 @@ def polytopes(quick: bool) -> Iterator[Row]:
             "tau": tau,
             "iterations": int(info.iterations.max()),
             "residual": float(info.residual.max()),
-            "forward_ms": milliseconds(call, 3),
+            "forward_ms": once(call, 3),
         }
     n = 10_000 if quick else 100_000
     A = torch.randn(5, n, **draw)
@@ -179,10 +210,8 @@ def polytopes(quick: bool) -> Iterator[Row]:
             "m": 5,
             "tau": tau,
             "iterations": int(solution.info.iterations),
-            "forward_ms": milliseconds(lambda tau=tau: il.entropic_lp(c.detach(), A=A, b=b, temperature=tau), 3),
-            "backward_ms": milliseconds(
-                lambda s=solution, w=weights: torch.autograd.grad(s.value, c, w, retain_graph=True), 3
-            ),
+            "forward_ms": once(lambda tau=tau: il.entropic_lp(c.detach(), A=A, b=b, temperature=tau), 3),
+            "backward_ms": once(lambda s=solution, w=weights: torch.autograd.grad(s.value, c, w, retain_graph=True), 3),
             "graph_MiB": kept_bytes(lambda tau=tau: il.entropic_lp(c, A=A, b=b, temperature=tau).value) / 2**20,
         }
     tau, one = 0.05, torch.ones(1, dtype=torch.float64)
@@ -202,13 +231,15 @@ def rows(quick: bool = False) -> list[Row]:
     return [*sinkhorn_backward(quick), *sinkhorn_forward(quick), *polytopes(quick)]
 
 
-def main() -> None:
-    """Print the rows, one JSON object a line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small problems, half a minute")
-    for row in rows(parser.parse_args().quick):
-        print(json.dumps(row))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and write the rows."""
+    arguments = argparse.ArgumentParser(prog="python -m benchmarks.transport", description=__doc__.splitlines()[0])
+    arguments.add_argument("--quick", action="store_true", help="small problems, half a minute; not for figures")
+    arguments.add_argument("--out", type=Path, default=RESULTS)
+    options = arguments.parse_args(argv)
+    print(save(options.out, "transport", options.quick, rows(options.quick)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

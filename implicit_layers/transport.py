@@ -24,9 +24,11 @@ from implicit_layers.errors import ArgumentError, DeviceError, NonFiniteError, S
 from implicit_layers.kkt.balance import BalanceSolve
 from implicit_layers.legacy_vmap import modernised
 from implicit_layers.solution import OnFailure, Solution, SolveInfo, Status, check_on_failure, report_failure
-from implicit_layers.solvers.scaling import Scaling
+from implicit_layers.solvers.scaling import Range, Scaling
 
 _SAME = 1e-6  # relative difference of sums that is taken for rounding: of a float32 softmax, say
+_COARSE = 1e-6  # tolerance from which large float32 costs may be rounded once more
+_ADVICE = "Raise max_iter, or the temperature, which may be too small for costs that far apart."
 
 
 def sinkhorn(
@@ -57,7 +59,8 @@ def sinkhorn(
         max_iter: cap on the scaling iterations and Newton steps together.
         on_failure: "raise", or "warn" / "ignore": problems that fail keep their last iterate, get zero gradient and
             are marked in `info`; their neighbours are untouched. Data that are refused raise in any case.
-        Leading dimensions *B broadcast. All is computed in float64 inside, and half precision is accepted.
+        Leading dimensions *B broadcast. All is computed in float64 inside, and half precision is accepted. Of one
+        large problem in float32 with `tol` of 1e-6 or more, C/ε may be rounded to float32 once again.
 
     Returns:  Solution(value, info): P*, (*B, n, m), in the dtype and on the device of `C`; `info` has one entry a
               problem.
@@ -96,27 +99,56 @@ def sinkhorn(
     checks.trailing_shape("a", a, (n,), f"to fit C with n = {n} rows")
     checks.trailing_shape("b", b, (m,), f"to fit C with m = {m} columns")
     epsilon = checks.temperature("C", C, 2, temperature)
-    checked = checks.readable(C, a, b)
-    plain = checked and checks.host_bool(C.detach().sum().isfinite())  # one pass; what is not finite is looked at
-    if checked:
-        if not plain:
-            _check_costs(C)
-        checks.finite(a=a, b=b)
-    tau = epsilon if isinstance(epsilon, Tensor) else torch.ones((), device=device)
-    scale = tau if tau.ndim else tau.reshape(1, 1)
-    batch = checks.batch_shape(C=(C, 2), temperature=(scale, 2), a=(a, 1), b=(b, 1))
-    if checked:
-        _check_marginals(a, b, dtype)
-    zeros = not checked or checks.host_bool((a.detach() == 0).any() | (b.detach() == 0).any())
-    if plain:
-        L = C.double() / -epsilon
+    scale = (epsilon if epsilon.ndim else epsilon.reshape(1, 1)) if isinstance(epsilon, Tensor) else None
+    parts = {"C": (C, 2), "a": (a, 1), "b": (b, 1)}
+    batch = checks.batch_shape(**parts if scale is None else {"C": (C, 2), "temperature": (scale, 2), **parts})
+    a, b = a.double(), b.double()
+    known = _range(C, a, b, epsilon, dtype) if checks.readable(C, a, b) else None
+    if known is not None and known.spread < torch.inf:
+        fresh = C.dtype != torch.float64 and not isinstance(epsilon, Tensor)
+        L = C.double().mul_(-1 / epsilon) if fresh else C.double() / -epsilon
     else:
         forbidden = C.detach() == torch.inf
         L = (C.double().masked_fill(forbidden, 0.0) / -epsilon).masked_fill(forbidden, -torch.inf)
-    L, a, b = (x.double().expand(*batch, *x.shape[x.ndim - k :]) for x, k in ((L, 2), (a, 1), (b, 1)))
-    settings = _Settings(Scaling(tol, max_iter), on_failure, checked, zeros, dtype)
+    L, a, b = (_expanded(x, batch, k) for x, k in ((L, 2), (a, 1), (b, 1)))
+    rounded = dtype != torch.float64 and tol >= _COARSE
+    settings = _Settings(Scaling(tol, max_iter, rounded), on_failure, known, dtype)
     P, _, _, status, converged, iterations, residual = _differentiable(settings, L, a, b)
     return Solution(P.to(dtype), SolveInfo(status, converged, iterations, residual.to(dtype)))
+
+
+def _expanded(x: Tensor, batch: torch.Size, event_ndim: int) -> Tensor:
+    """Give x this batch shape."""
+    return (
+        x
+        if x.ndim == len(batch) + event_ndim and x.shape[: len(batch)] == batch
+        else (x.expand(*batch, *x.shape[x.ndim - event_ndim :]))
+    )
+
+
+def _range(C: Tensor, a: Tensor, b: Tensor, epsilon: Tensor | float, dtype: torch.dtype) -> Range:
+    """Check the values of costs and marginals; one look at all of them tells whether another is needed."""
+    C, a, b = C.detach(), a.detach(), b.detach()
+    if not (C.numel() and a.numel() and b.numel()):
+        _check_costs(C)
+        checks.finite(a=a, b=b)
+        _check_marginals(a, b, dtype)
+        return Range(0.0, 0.0, 0.0)
+    mass, other = a.sum(-1), b.sum(-1)
+    apart = (mass - other).abs_().sub_(torch.maximum(mass, other), alpha=_allowed(a, b, dtype))
+    ends = [t.double() for t in torch.aminmax(C)]
+    temperatures = [epsilon.detach().amin()] if isinstance(epsilon, Tensor) else []
+    low, high, least, least_b, gap, *coldest = checks.host_floats(
+        *ends, a.amin(), b.amin(), apart.amax(), *temperatures
+    )
+    tau = coldest[0] if coldest else float(epsilon)
+    spread = high - low if high < torch.inf else torch.inf  # also where all entries are forbidden
+    known = Range(spread / tau, min(least, least_b), max(abs(low), abs(high)) / tau)
+    if not (known.spread < torch.inf and known.least >= 0 and gap <= 0):  # NaN is none of these
+        _check_costs(C)
+        checks.finite(a=a, b=b)
+        _check_marginals(a, b, dtype)
+    return known
 
 
 def _check_costs(C: Tensor) -> None:
@@ -134,8 +166,7 @@ def _check_marginals(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
     """Refuse marginals that are negative or of different sums."""
     a, b = a.detach().double(), b.detach().double()
     mass, other = torch.broadcast_tensors(a.sum(-1), b.sum(-1))
-    size = max(a.shape[-1], b.shape[-1])
-    allowed = max(64 * size**0.5 * torch.finfo(dtype).eps, _SAME)
+    allowed = _allowed(a, b, dtype)
     apart = (mass - other).abs() > allowed * torch.maximum(mass.abs(), other.abs())
     if checks.host_bool((a >= 0).all() & (b >= 0).all() & ~apart.any()):
         return
@@ -155,41 +186,43 @@ def _check_marginals(a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
     )
 
 
+def _allowed(a: Tensor, b: Tensor, dtype: torch.dtype) -> float:
+    """The relative difference of sums that is rounding."""
+    return max(64 * max(a.shape[-1], b.shape[-1]) ** 0.5 * torch.finfo(dtype).eps, _SAME)
+
+
 class _Settings(NamedTuple):
     """What a solve needs besides tensors."""
 
     solver: Scaling
     on_failure: OnFailure
-    checked: bool  # whether the values of the arguments are known to be right
-    zeros: bool  # whether some marginal may be zero
+    known: Range | None  # of values that were looked at and are right; None: nobody could
     dtype: torch.dtype  # of the caller
+
+    @property
+    def zeros(self) -> bool:
+        """Whether some marginal may be zero."""
+        return self.known is None or self.known.least <= 0
 
 
 class _Sinkhorn(torch.autograd.Function):
     """(L, a, b), all of one batch shape, to (P, φ, ψ, info...)."""
 
     @staticmethod
+    @transforms.signed
     def forward(settings: _Settings, L: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-        if not settings.checked:
+        if settings.known is None:
             _check_costs(-L)
             checks.finite(a=a, b=b)
             _check_marginals(a, b, settings.dtype)
-        batch, (n, m) = L.shape[:-2], L.shape[-2:]
-        size = batch.numel()
-        sums = b.sum(-1, keepdim=True)
-        even = b * torch.where(sums > 0, a.sum(-1, keepdim=True) / torch.where(sums > 0, sums, 1.0), 1.0)
-        found = settings.solver.solve(L.reshape(size, n, m), a.reshape(size, n), even.reshape(size, m))
-        status = found.status
-        converged = status == int(Status.CONVERGED)
-        info = SolveInfo(*(t.reshape(batch) for t in (status, converged, found.iterations, found.residual)))
+        found = settings.solver.solve(L, a, b, settings.known)
+        converged = found.status == int(Status.CONVERGED)
+        info = SolveInfo(found.status, converged, found.iterations, found.residual)
         solver = settings.solver
-        report_failure(info, settings.on_failure, what="sinkhorn", tol=solver.tol, max_iter=solver.max_iter)
-        return (
-            found.P.reshape(*batch, n, m).clone(),
-            found.phi.reshape(*batch, n).clone(),
-            found.psi.reshape(*batch, m).clone(),
-            *info,
+        report_failure(
+            info, settings.on_failure, what="sinkhorn", tol=solver.tol, max_iter=solver.max_iter, advice=_ADVICE
         )
+        return *(x.clone() if x._is_view() else x for x in found[:3]), *info  # a view is not the caller's to change
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -253,7 +286,7 @@ class _Sinkhorn(torch.autograd.Function):
 @uncompiled
 def _differentiable(settings: _Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
     """`_Sinkhorn` as a function that the compiler leaves whole."""
-    outputs: tuple[Tensor, ...] = _Sinkhorn.apply(settings, *tensors)
+    outputs: tuple[Tensor, ...] = transforms.apply(_Sinkhorn, settings, *tensors, plain=checks.plain(*tensors))
     return outputs
 
 

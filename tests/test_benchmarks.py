@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import instances, memory, scaling, simplex, train_gpu
+from benchmarks import instances, memory, scaling, simplex, tables, train_gpu, transport
 from benchmarks import measure as measure_module
 from benchmarks.compare import ratios, regressions
 from benchmarks.contenders import OURS, QP_JUDGE, Answer, certificate, contenders, installed, reference
@@ -22,7 +22,7 @@ from benchmarks.measure import Contender, interleave, leaves, measure
 from benchmarks.options import Options
 from benchmarks.peak import peak_bytes, resident_bytes
 from benchmarks.problems import PROBLEMS, QP, dense, known_solution, matvec
-from benchmarks.run import NAMES, main
+from benchmarks.run import NAMES, environment, main
 from benchmarks.suites import MODULES, load
 from implicit_layers.testing import kkt_certificate
 
@@ -412,3 +412,40 @@ def test_the_training_script_learns_and_two_processes_learn_the_same():
     assert two["apart"] == 0.0
     assert alone["last_loss"] < alone["first_loss"] - 0.05
     assert two["parameters"] == pytest.approx(alone["parameters"], rel=1e-3)
+
+
+def test_the_transport_suite_compares_at_equal_errors_and_its_tables_show_it():
+    forward = list(transport._forward(12, 0.1, torch.float64, 1e-9, 2))
+    found = {row["contender"]: row for row in forward}
+    assert found[transport.OURS]["marginal_error"] <= 1e-9
+    if transport.HAS_POT:
+        reached = max(1e-9, found["POT sinkhorn"]["marginal_error"])
+        assert found[transport.EQUAL]["marginal_error"] <= reached
+        assert found[transport.EQUAL]["tol"] >= 1e-9
+    backward = list(transport._backward(10, 2, 0.1, torch.float64, 1))
+    few, many = sorted((row for row in backward if row["contender"].startswith("implicit")), key=by_iterations)
+    assert few["iterations"] < many["iterations"] and few["peak_MiB"] == many["peak_MiB"]
+    assert many["gradient_error"] < few["gradient_error"] < 1e-3
+    short, long = sorted((row for row in backward if row["contender"] == "unrolled"), key=by_iterations)
+    assert long["graph_MiB"] > 3.5 * short["graph_MiB"] > 20 * many["graph_MiB"]
+    assert long["gradient_error"] < 1e-8
+    result = {"suite": "transport", "environment": environment("cpu", 0), "rows": forward + backward}
+    assert "| float64 | 12 | 0.1 | " in tables.transport_forward(result)
+    table = tables.transport_backward(result)
+    assert table.count("| 0.1, float64 | implicit, tol ") == 2 and table.count("| 0.1, float64 | unrolled | ") == 2
+    assert "2 problems of 10 × 10" in table
+
+
+def by_iterations(row: dict) -> int:
+    return row["iterations"]
+
+
+def test_a_table_of_seeds_shows_the_mean_and_the_ends():
+    rows = [
+        {"head": head, "seed": seed, "both right": right, "digits right": 1.0, "seconds": 2.0}
+        for head, *rights in (("one", 0.5, 0.7), ("other", 0.1, 0.2))
+        for seed, right in enumerate(rights)
+    ]
+    table = tables.digit_pairs({"suite": "digit_pairs", "environment": environment("cpu", 0), "rows": rows})
+    assert "| one | 0.600 (0.500 – 0.700) | 1.000 (1.000 – 1.000) | 2.0 (2.0 – 2.0) |" in table
+    assert "| other | 0.150 (0.100 – 0.200) |" in table and "The mean of 2 seeds" in table

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import implicit_layers as il
-from implicit_layers.solvers import overrelaxation
+from implicit_layers.solvers import overrelaxation, overrelaxation_alone, scaling
+from implicit_layers.solvers.overrelaxation_alone import scale_alone
 
 DOUBLE = torch.float64
 
@@ -32,7 +33,8 @@ def plain(L: Tensor, a: Tensor, b: Tensor, tol: float) -> tuple[Tensor, int]:
 
 
 def run(L: Tensor, a: Tensor, b: Tensor, tol: float = 1e-10, patience: float = 1e4) -> overrelaxation.Scaled:
-    return overrelaxation.scale(L, a, b, tol, 10000, False, float(L.max() - L.min()), patience)
+    scale = scale_alone if len(L) == 1 else overrelaxation.scale
+    return scale(L, a, b, a.sum(-1, keepdim=True), tol, 10000, False, float(L.max() - L.min()), patience)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -87,6 +89,52 @@ def test_it_gives_up_early_and_says_so():
     assert empty.psi.shape == (0, 5) and empty.iterations.shape == (0,)
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.1, 0.03, 0.01])
+def test_one_problem_goes_as_two_of_it_do(tau):
+    C, a, b = data(9, 30, 25)
+    alone = run(-C / tau, a, b)
+    twice = run(*(torch.cat([t, t]) for t in (-C / tau, a, b)))
+    assert twice.iterations.tolist() == [int(alone.iterations)] * 2
+    assert alone.P is not None and twice.P is not None
+    torch.testing.assert_close(twice.P, alone.P.expand(2, -1, -1), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(twice.psi, alone.psi.expand(2, -1), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("tau", "offset"), [(1.0, 0.0), (0.1, 0.0), (0.05, 0.0), (0.1, 512.0), (0.01, 0.0)])
+def test_large_float32_costs_are_rounded_once_at_most(monkeypatch, tau, offset):
+    """Plan and gradient are those of the float32 costs, to what rounding them moves; an offset is no reason to."""
+    C, a, b = (t[0].float() for t in data(10, 280, 260))
+    C = (C * 2**12).round() / 2**12 + offset  # the same differences with the offset
+    made = []
+    exact = overrelaxation_alone.kernel
+    monkeypatch.setattr(overrelaxation_alone, "kernel", lambda *args: made.append(1) or exact(*args))
+    weights = torch.randn(280, 260, generator=torch.Generator().manual_seed(11))
+    found = []
+    for dtype, tol in ((torch.float32, 1e-6), (DOUBLE, 1e-13)):
+        made.clear()
+        leaves = [t.to(dtype).requires_grad_() for t in (C, a, b)]
+        solution = il.sinkhorn(*leaves, temperature=tau, tol=tol)
+        assert bool(made) == (dtype == DOUBLE or offset > 0 or tau < 0.02)
+        assert bool(solution.info.residual <= tol)
+        grads = torch.autograd.grad(solution.value, leaves, weights.to(dtype))
+        found.append([t.detach().double() for t in (solution.value, *grads)])
+    for single, double in zip(*found, strict=True):
+        assert float((single - double).norm() / double.norm()) < 1e-7
+
+
+@pytest.mark.parametrize("ends", [(-26, 26), (-55, 35)])
+def test_where_float32_is_not_enough_float64_goes_on(ends):
+    """Potentials that are wide, or too wide, for float32: float64 goes on from there, or begins, with the same plan."""
+    C, a, b = (t[0] for t in data(12, 270, 260))
+    L = -C / 0.1 - torch.linspace(*ends, 260, dtype=DOUBLE)
+    solver = scaling.Scaling(1e-8, 10000, rounded=True)
+    assert float(L.abs().max()) < 60
+    plan = solver.solve(L, a, b)
+    assert float(plan.residual) <= 1e-8
+    expected = il.sinkhorn(C, a, b, temperature=0.1).value
+    torch.testing.assert_close(plan.P, expected, rtol=1e-4, atol=1e-9)
+
+
 def run_empty() -> overrelaxation.Scaled:
     C, a, b = data(8, 6, 5, 2)
-    return overrelaxation.scale(C[:0], a[:0], b[:0], 1e-9, 100, False, 0.0, 10.0)
+    return overrelaxation.scale(C[:0], a[:0], b[:0], a[:0, :1], 1e-9, 100, False, 0.0, 10.0)

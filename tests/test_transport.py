@@ -281,10 +281,30 @@ def test_mass_without_a_way_is_infeasible(columns):
     assert grad[0].abs().max() > 0
 
 
+def test_costs_that_forbid_everything_are_infeasible():
+    for n, m in ((1, 1), (3, 2), (2, 3)):
+        C = torch.full((n, m), math.inf, dtype=DOUBLE)
+        a, b = (torch.full((k,), 1 / k, dtype=DOUBLE) for k in (n, m))
+        for costs in (C, torch.stack([C, torch.zeros_like(C)])):
+            with pytest.raises(il.InfeasibleError):
+                il.sinkhorn(costs, a, b)
+
+
+def test_a_plan_may_be_changed_in_place():
+    """What is returned is the caller's own memory, not a view that autograd guards."""
+    C, a, b = data(24)
+    for costs, rows, columns in ((C, a, b), (C.mT, b, a), (C.unsqueeze(0), a, b), (C.expand(2, 6, 5), a, b)):
+        P = il.sinkhorn(costs.clone().requires_grad_(), rows, columns).value
+        P.mul_(2.0)
+        torch.testing.assert_close(P.sum(-1), 2 * rows.expand(P.shape[:-1]), rtol=1e-8, atol=1e-10)
+
+
 def test_too_few_iterations_say_so():
     C, a, b = data(22)
     with pytest.raises(il.ConvergenceError, match="3 of 3 iterations"):
         il.sinkhorn(C, a, b, temperature=0.01, max_iter=3)
+    with pytest.raises(il.ConvergenceError, match="the temperature, which may be too small"):
+        il.sinkhorn(1e30 * C, a, b)
 
 
 def test_costs_are_minimised_and_half_precision_is_kept():

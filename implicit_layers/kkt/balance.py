@@ -141,8 +141,11 @@ def _consistent(r1: Tensor, r2: Tensor, rows: Tensor, columns: Tensor) -> tuple[
     return torch.where(differ, even1, r1), torch.where(differ, even2, r2)
 
 
-def without_gauge(u: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Take out the part along (1, −1), and what belongs to rows and columns that are not there."""
+def without_gauge(u: Tensor, v: Tensor, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Take out the part along (1, −1), and what belongs to rows and columns that are not there; None: all are."""
+    if rows is None or columns is None:
+        shift = (v.sum(-1, keepdim=True) - u.sum(-1, keepdim=True)) / (u.shape[-1] + v.shape[-1])
+        return u + shift, v - shift
     u, v = torch.where(rows, u, 0.0), torch.where(columns, v, 0.0)
     count = (rows.sum(-1, keepdim=True) + columns.sum(-1, keepdim=True)).clamp(min=1)
     shift = (v.sum(-1, keepdim=True) - u.sum(-1, keepdim=True)) / count

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, ShapeError
-from implicit_layers.projections.door import Rows, Rule, enforce, finite, poisoned, positive, rows, some_entries
+from implicit_layers.projections.door import (
+    Rows,
+    Rule,
+    enforce,
+    finite,
+    headroom,
+    poisoned,
+    positive,
+    rows,
+    some_entries,
+)
 
 
 def box(x: Tensor, *, lb: Tensor | float | None = None, ub: Tensor | float | None = None) -> Tensor:  # (*) -> (*)
@@ -155,10 +165,10 @@ def hyperplane(
 
 
 def _beyond(x: Tensor, a: Tensor, b: Tensor) -> Tensor:  # (*B, n), (*B, n), (*B, 1) -> (*B, 1)
-    """(aᵀx − b)/‖a‖², finite wherever its value is: of entries near the largest number a power of two is taken out."""
-    top = x.detach().abs().amax(-1, keepdim=True)
-    down = torch.ones_like(top).masked_fill(top > torch.finfo(x.dtype).max * 2.0**-41, 2.0**-41)
-    return ((a * (down * x)).sum(-1, keepdim=True) - down * b) / a.square().sum(-1, keepdim=True) / down
+    """(aᵀx − b)/‖a‖² for max |a| = 1, halved as often as it takes for the sum not to overflow."""
+    small = headroom(x)
+    gap = (a * (small * x)).sum(-1, keepdim=True) - small * b
+    return gap / a.square().sum(-1, keepdim=True) / small
 
 
 def _plane(

@@ -23,14 +23,14 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.kkt.quadratic import matvec, transposed_matvec
 
-_AIM = 1e-2  # of the tolerance: iterations go on to this while they converge, for the sake of the gradient
-_FIRST, _ROUND = 5, 10  # iterations before the first look at the error, and at most between two
-_NEAR = 0.3  # relative error of every column from which steps are linear
-_WIDE = 115.0  # the largest |log v| before ψ is absorbed; twice this is not trusted
-_LOST = 600.0  # spread of L below which no entry of K is lost
-_SLOWEST = 1 - 1e-6  # the largest η that is believed
-_WORSE = 100.0  # how often as large as its least the error may become
-_LATE = 3.0  # how often as many iterations as were foreseen are waited for
+AIM = 1e-2  # of the tolerance: iterations go on to this while they converge, for the sake of the gradient
+FIRST, ROUND = 5, 10  # iterations before the first look at the error, and at most between two
+NEAR = 0.3  # relative error of every column from which steps are linear
+WIDE = 115.0  # the largest |log v| before ψ is absorbed; twice this is not trusted
+LOST = 600.0  # spread of L below which no entry of K is lost
+SLOWEST = 1 - 1e-6  # the largest η that is believed
+WORSE = 100.0  # how often as large as its least the error may become
+LATE = 3.0  # how often as many iterations as were foreseen are waited for
 
 
 class Scaled(NamedTuple):
@@ -39,12 +39,12 @@ class Scaled(NamedTuple):
     psi: Tensor  # (N, m)
     iterations: Tensor  # (N,)
     error: Tensor  # (N,): Σ|P1 − a| + Σ|Pᵀ1 − b|; inf where nothing came of it
-    P: Tensor | None  # (N, n, m): the plan, its rows exact, where K holds every entry; with
+    P: Tensor | None  # (N, n, m): the plan, of the mass asked for, its rows exact, where K holds every entry; with
     phi: Tensor | None  # (N, n)
 
 
 class _Pace(NamedTuple):
-    """What is known of the convergence of each problem, ()-shaped where there is one."""
+    """What is known of the convergence of each problem."""
 
     omega: Tensor | None  # (N,), None before anything is known
     since: Tensor  # (N,): looks since ω was changed
@@ -67,32 +67,38 @@ class _Pace(NamedTuple):
 
 
 def scale(
-    L: Tensor, a: Tensor, b: Tensor, tol: float, max_iter: int, odd: bool, spread: float, patience: float
+    L: Tensor,  # (N, n, m)
+    a: Tensor,  # (N, n)
+    b: Tensor,  # (N, m)
+    mass: Tensor,  # (N, 1)
+    tol: float,
+    max_iter: int,
+    odd: bool,
+    spread: float,
+    patience: float,
 ) -> Scaled:
     """Iterate until all are done, or the slowest needs more iterations than there is patience.
 
-    L (N, n, m), a (N, n), b (N, m) with Σa = Σb = 1. `odd`: there may be rows or columns without mass, or L of −inf.
+    For one problem there is `overrelaxation_alone`, which does the same with less overhead.
+    Σa = Σb = 1; P and φ are returned for the mass. `odd`: there may be rows or columns without mass, or L of −inf.
     `spread`: the largest L without the least. `patience` is for errors below 1e-2; farther from the answer there is
     four times as much.
     """
     if len(b) == 0:
         return Scaled(torch.zeros_like(b), b.sum(-1).long(), b.sum(-1), None, None)
-    single = len(b) == 1  # then all is done without the batch dimension: small problems are overhead alone
-    if single:
-        L, a, b = L[0], a[0], b[0]
     no_row, no_column = ((a <= 0).to(a.dtype), (b <= 0).to(b.dtype)) if odd else (0.0, 0.0)
-    aim = _AIM * tol
-    top, K = _kernel(L, odd)
-    whole = not odd and spread < _LOST
+    aim = AIM * tol
+    top, K = kernel(L, odd)
+    whole = not odd and spread < LOST
     base, v = torch.zeros_like(b), torch.ones_like(b)
     psi, kept, worst = base, v, math.inf
-    u = a / (_forward(K, v) + no_row)
-    s = _backward(K, u)
+    u = a / (matvec(K, v) + no_row)
+    s = transposed_matvec(K, u)
     unknown = torch.full_like(b[..., 0], torch.inf)
     pace = _Pace(None, unknown, unknown, unknown)
     iterations = torch.zeros_like(unknown, dtype=torch.int64)
     done = torch.zeros_like(unknown, dtype=torch.bool)
-    used, count, limit, linear = 0, _FIRST, math.inf, False
+    used, count, limit, linear = 0, FIRST, math.inf, False
     while used < max_iter:
         count = min(count, max_iter - used)
         omega = None if pace.omega is None else pace.omega.unsqueeze(-1)
@@ -101,13 +107,13 @@ def scale(
             wanted = b / (s + no_column)
             if omega is None:
                 old, v = v, wanted
-                t = _forward(K, v) + no_row
+                t = matvec(K, v) + no_row
                 u = a / t
             else:
                 v = _relaxed(v, wanted, omega, linear, no_column)
-                t = _forward(K, v) + no_row
+                t = matvec(K, v) + no_row
                 u = _relaxed(u, a / t, omega, linear, no_row)
-            s = _backward(K, u)
+            s = transposed_matvec(K, u)
         used += count
         growth = (v + no_column).log()
         off = (v * s - b).abs()
@@ -120,12 +126,9 @@ def scale(
             error = error + (u * t - a).abs().sum(-1)
         error = torch.where(error.isfinite(), error, torch.inf)
         iterations += count * ~done
-        if single:
-            kept, psi = v, base + growth
-        else:
-            pick = (done | error.isinf()).unsqueeze(-1)
-            kept, psi = torch.where(pick, kept, v), torch.where(pick, psi, base + growth)
-            error = torch.where(done, pace.error, error)
+        pick = (done | error.isinf()).unsqueeze(-1)
+        kept, psi = torch.where(pick, kept, v), torch.where(pick, psi, base + growth)
+        error = torch.where(done, pace.error, error)
         pace, rate = pace.after(count, error, slope)
         done = error <= aim
         missing = torch.where(done, 0.0, (aim / error).log() / rate.log())
@@ -134,51 +137,39 @@ def scale(
         worst, longest, grown, width, far = checks.host_floats(
             error.amax(), missing.amax(), worse.amax(), growth.abs().amax(), relative.amax()
         )
-        if not (math.isfinite(worst) and width < 2 * _WIDE) or grown > _WORSE:
+        if not (math.isfinite(worst) and width < 2 * WIDE) or grown > WORSE:
             break
         if worst <= aim:
             break
         allowed = patience if worst < 1e-2 else 4 * patience
         if limit == math.inf:
-            limit = used + _LATE * longest + 2 * _ROUND
-        if longest > min(allowed, max_iter - used) or (used > limit and longest > _ROUND):
+            limit = used + LATE * longest + 2 * ROUND
+        if longest > min(allowed, max_iter - used) or (used > limit and longest > ROUND):
             break
-        linear = far < _NEAR
-        count = max(2, min(_ROUND, math.ceil(longest)))
-        if width > _WIDE:
+        linear = far < NEAR
+        count = max(2, min(ROUND, math.ceil(longest)))
+        if width > WIDE:
             base, whole = psi, False
-            top, K = _kernel(L + base.unsqueeze(-2), odd)
+            top, K = kernel(L + base.unsqueeze(-2), odd)
             v = kept = torch.ones_like(v)
-            u = a / (_forward(K, v) + no_row)
-            s = _backward(K, u)
+            u = a / (matvec(K, v) + no_row)
+            s = transposed_matvec(K, u)
     P = phi = None
     if whole and worst <= tol:
-        u = a / _forward(K, kept)
-        error = (kept * _backward(K, u) - b).abs().sum(-1)
+        u = a / matvec(K, kept)
+        error = (kept * transposed_matvec(K, u) - b).abs().sum(-1)
+        u = u * mass
         P, phi = K.mul_(u.unsqueeze(-1)).mul_(kept.unsqueeze(-2)), u.log() - top
     psi = torch.where(psi.isfinite() & (b > 0), psi, 0.0)
-    if single:
-        P, phi = (None, None) if P is None or phi is None else (P.unsqueeze(0), phi.unsqueeze(0))
-        return Scaled(psi.unsqueeze(0), iterations.reshape(1), error.reshape(1), P, phi)
     return Scaled(psi, iterations, error, P, phi)
 
 
-def _kernel(logits: Tensor, odd: bool) -> tuple[Tensor, Tensor]:  # (*N, n, m) -> (*N, n), (*N, n, m)
+def kernel(logits: Tensor, odd: bool) -> tuple[Tensor, Tensor]:  # (*N, n, m) -> (*N, n), (*N, n, m)
     """The largest entry of each row, and the exponentials without it."""
     top = logits.amax(-1)
     if odd:
         top = torch.where(top.isfinite(), top, 0.0)
     return top, (logits - top.unsqueeze(-1)).exp_()
-
-
-def _forward(K: Tensor, v: Tensor) -> Tensor:  # (*N, n, m), (*N, m) -> (*N, n)
-    """K v."""
-    return torch.mv(K, v) if K.ndim == 2 else matvec(K, v)
-
-
-def _backward(K: Tensor, u: Tensor) -> Tensor:  # (*N, n, m), (*N, n) -> (*N, m)
-    """Kᵀu."""
-    return torch.mv(K.mT, u) if K.ndim == 2 else transposed_matvec(K, u)
 
 
 def _relaxed(x: Tensor, wanted: Tensor, omega: Tensor, linear: bool, absent: Tensor | float) -> Tensor:
@@ -188,4 +179,4 @@ def _relaxed(x: Tensor, wanted: Tensor, omega: Tensor, linear: bool, absent: Ten
 
 def _best(eta: Tensor) -> Tensor:
     """The ω for a plain rate η."""
-    return 2 / (1 + (1 - eta.nan_to_num(0.0).clamp(0.0, _SLOWEST)).sqrt())
+    return 2 / (1 + (1 - eta.nan_to_num(0.0).clamp(0.0, SLOWEST)).sqrt())

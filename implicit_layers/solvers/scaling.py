@@ -22,6 +22,7 @@ from implicit_layers.kkt import balance
 from implicit_layers.solution import Status
 from implicit_layers.solvers.homotopy import LONGER, choose, shortened
 from implicit_layers.solvers.overrelaxation import scale
+from implicit_layers.solvers.overrelaxation_alone import scale_alone
 
 _NEWTON_FIXED, _NEWTON_SIZE = 35.0, 7.0  # a Newton step costs as much as 35 + (the smaller side)/7 iterations; measured
 _NEWTON_STEPS = 4.0  # as many there are near the answer
@@ -29,18 +30,35 @@ _NEAR, _STRAY = 0.3, 0.6  # relative errors between which the path is followed
 _STEP = 20.0  # the largest change of a potential in one step: parts of a plan that hardly touch ask for any change
 _TRIALS = 30
 _IDLE = 20  # Newton steps without any gain after which rounding is all that is left
+_OFFSET, _SMALL = 2.0, 60.0  # how large L may be to be rounded: next to its spread, and at all
 _NEWTON_LIMIT = 500  # a problem that takes more Newton steps than this will not be solved
 
 
 class Plans(NamedTuple):
     """What a solve returns, one entry a problem."""
 
-    P: Tensor  # (N, n, m)
-    phi: Tensor  # (N, n), zero for rows of zeros
-    psi: Tensor  # (N, m), zero for columns of zeros
-    status: Tensor  # (N,) int8
-    iterations: Tensor  # (N,) int64
-    residual: Tensor  # (N,): Σ|P1 − a| + Σ|Pᵀ1 − b| over Σa
+    P: Tensor  # (*B, n, m)
+    phi: Tensor  # (*B, n), zero for rows of zeros
+    psi: Tensor  # (*B, m), zero for columns of zeros
+    status: Tensor  # (*B,) int8
+    iterations: Tensor  # (*B,) int64
+    residual: Tensor  # (*B,): Σ|P1 − a| + Σ|Pᵀ1 − b| over Σa
+
+
+class Range(NamedTuple):
+    """How far the data of all problems reach."""
+
+    spread: float  # the largest L without the least, inf where an entry is forbidden
+    least: float  # the smallest mass
+    largest: float  # |L|
+
+    @staticmethod
+    def of(L: Tensor, a: Tensor, b: Tensor) -> Range:
+        """Look, once."""
+        if not L.numel():
+            return Range(0.0, 1.0, 0.0)
+        low, high, least = checks.host_floats(*torch.aminmax(L), torch.minimum(a.amin(), b.amin()))
+        return Range(high - low if low > -math.inf else math.inf, least, max(abs(low), abs(high)))
 
 
 class _Plan(NamedTuple):
@@ -90,45 +108,70 @@ class Scaling:
     Attributes:
         tol:      error of the marginals in the sum norm, relative to the mass.
         max_iter: cap on scaling iterations and Newton steps together.
+        rounded:  whether L may be rounded to float32 where it is large, as if the costs were rounded once more.
     """
 
     tol: float
     max_iter: int
+    rounded: bool = False
 
-    def solve(self, L: Tensor, a: Tensor, b: Tensor) -> Plans:  # (N, n, m), (N, n), (N, m)
-        """Solve all problems; Σa = Σb, −inf in L forbids an entry."""
+    def solve(self, L: Tensor, a: Tensor, b: Tensor, known: Range | None = None) -> Plans:
+        """Solve all problems: L (*B, n, m), a (*B, n), b (*B, m), with the plan's mass that of a, to which b is scaled.
+
+        −inf in L forbids an entry. `known`: the range of the data, where it has been looked at.
+        """
+        mass, other = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
         if L.shape[-1] > L.shape[-2]:
-            found = self.solve(L.mT, b, a)
+            found = self._solve(L.mT, b, a, other, mass, mass, known)
             return found._replace(P=found.P.mT, phi=found.psi, psi=found.phi)
-        mass = a.sum(-1, keepdim=True)
-        divisor = torch.where(mass > 0, mass, 1.0)
-        a, b = a / divisor, b / divisor
-        rows, columns = a > 0, b > 0
-        low, high, least = 0.0, 0.0, 1.0
-        if L.numel():
-            low, high, least = checks.host_floats(L.amin(), L.amax(), torch.minimum(a.amin(), b.amin()))
-        forbidden, missing = low == -math.inf, least <= 0
+        return self._solve(L, a, b, mass, other, mass, known)
+
+    def _solve(
+        self, L: Tensor, a: Tensor, b: Tensor, sum_a: Tensor, sum_b: Tensor, mass: Tensor, known: Range | None
+    ) -> Plans:
+        """The same with the smaller side second, the sums (*B, 1) and the mass that the plan is to have."""
+        known = Range.of(L, a, b) if known is None else known
+        forbidden, missing = known.spread == math.inf, known.least <= 0
+        batch = L.shape[:-2]
+        if batch.numel() != 1:
+            flat = (x.reshape(batch.numel(), *x.shape[len(batch) :]) for x in (L, a, b, sum_a, sum_b, mass))
+            L, a, b, sum_a, sum_b, mass = flat
+        rows = columns = None
         if missing:
+            rows, columns = a > 0, b > 0
+            sum_a, sum_b = (torch.where(x > 0, x, 1.0) for x in (sum_a, sum_b))
             L = L.masked_fill(~(rows.unsqueeze(-1) & columns.unsqueeze(-2)), -torch.inf)
+        a, b = a / sum_a, b / sum_b
         patience = _NEWTON_STEPS * (_NEWTON_FIXED + L.shape[-1] / _NEWTON_SIZE)
-        scaled = scale(L, a, b, self.tol, self.max_iter, forbidden or missing, high - low, patience)
+        problem = (L, a, b, mass, self.tol, self.max_iter, forbidden or missing, known.spread, patience)
+        rounded = self.rounded and known.largest <= min(_OFFSET * known.spread, _SMALL)
+        scaled = scale_alone(*problem, rounded=rounded) if batch.numel() == 1 else scale(*problem)
         P, phi, psi, iterations, residual = scaled.P, scaled.phi, scaled.psi, scaled.iterations, scaled.error
-        infeasible = torch.zeros_like(residual, dtype=torch.bool)
+        infeasible = None
         if P is None or phi is None:
+            if batch.numel() == 1:
+                L, a, b, psi = (x.reshape(1, *x.shape[len(batch) :]) for x in (L, a, b, psi))
+                iterations, residual, mass = iterations.reshape(1), residual.reshape(1), mass.reshape(1, 1)
             slow = residual > self.tol
+            infeasible = torch.zeros_like(slow)
             if checks.host_bool(slow.any()):
                 index = slow.nonzero().squeeze(-1)
                 some = L[index], a[index], b[index]
                 better, steps, none = self._newton(*some, psi[index], iterations[index], forbidden)
                 psi[index], iterations[index], infeasible[index] = better, steps, none
             plan = _plan(L, a, b, psi)
-            P, phi = plan.P, plan.phi
+            P, phi = plan.P.mul_(mass.unsqueeze(-1)), plan.phi + torch.where(mass > 0, mass, 1.0).log()
             residual = _error(plan, a, b)
             residual = torch.where(torch.isnan(residual), torch.inf, residual)
-        status = torch.where(residual <= self.tol, int(Status.CONVERGED), int(Status.NOT_CONVERGED))
-        status = torch.where(infeasible, int(Status.INFEASIBLE), status).to(torch.int8)
-        phi, psi = balance.without_gauge(phi + divisor.log(), psi, rows, columns)
-        return Plans(P.mul_(mass.unsqueeze(-1)), phi, psi, status, iterations, residual)
+        # NaN is not converged
+        status = (~(residual <= self.tol)).to(torch.int8)
+        if infeasible is not None:
+            status = torch.where(infeasible, int(Status.INFEASIBLE), status).to(torch.int8)
+        phi, psi = balance.without_gauge(phi, psi, rows, columns)
+        found = Plans(P, phi, psi, status, iterations, residual)
+        if residual.shape == batch:
+            return found
+        return Plans(*(x.reshape((*batch, *x.shape[1:])) for x in found))
 
     def _newton(
         self, L: Tensor, a: Tensor, b: Tensor, psi: Tensor, iterations: Tensor, forbidden: bool

@@ -48,6 +48,11 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def at_work() -> bool:
+    """Whether a functional transform is running, or forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Compute in the dtypes at hand, whatever autocast region the caller is in; "meta" tensors know no autocast."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):

@@ -6,7 +6,7 @@ whole batch shares is never copied, is factorised once, and gets its gradient as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from implicit_layers import checks
 from implicit_layers.errors import DeviceError, DtypeError, NonFiniteError, ShapeError
 from implicit_layers.solvers import compiled
 
+_FINE_ENOUGH = (torch.float32, torch.float64)
 EVENT_NDIM = (2, 1, 2, 1, 2, 1, 1, 1)  # trailing dimensions of Q, p, A, b, G, h, lb, ub
 
 
@@ -39,6 +40,15 @@ class Program(NamedTuple):
         return next((shape for shape in shapes if any(size != 1 for size in shape)), shapes[0])
 
 
+class Door(NamedTuple):
+    """What came through the door."""
+
+    program: Program
+    batch: torch.Size
+    checked: bool  # whether the values were looked at
+    plain: bool  # whether that was left to the compiled kernel, because all tensors are plain ones
+
+
 def at_the_door(
     Q: Tensor,
     p: Tensor,
@@ -51,13 +61,18 @@ def at_the_door(
     *,
     read: bool,
     later: bool,
-) -> tuple[Program, bool, bool]:
+) -> Door:
     """Check the arguments, their values too where they may and can be read, and bring all to one form.
 
-    `later`: values may be left to `run`, where the compiled kernel looks at them anyway.
-
-    Returns: the program, whether the values were looked at, and whether that was left because all tensors are plain.
+    `later`: values may be left to `run`, where the compiled kernel looks at them anyway. Sizes and dtypes that have
+    come through in that way before are known to fit, and not looked at one by one again.
     """
+    given = (Q, p, A, b, G, h, lb, ub)
+    later = later and checks.plain(*(t for t in given if t is not None))
+    key = _structure(given) if later else None
+    known = None if key is None else _known.get(key)
+    if known is not None:
+        return Door(_formed(known, given), known.batch, False, True)
     checks.paired("solve_qp", A, b, G, h)
     optional = {"A": A, "b": b, "G": G, "h": h, "lb": lb, "ub": ub}
     tensors = {"Q": Q, "p": p} | {name: tensor for name, tensor in optional.items() if tensor is not None}
@@ -65,7 +80,7 @@ def at_the_door(
     dtype, device = checks.floating_tensors(**tensors)
     if device.type == "meta" and type(Q) in (Tensor, torch.nn.Parameter):  # a subclass may hold numbers of its own
         raise DeviceError("solve_qp: the arguments are on the meta device, which holds no numbers to solve with")
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in _FINE_ENOUGH:
         raise DtypeError(f"solve_qp: Q is {dtype}, too coarse for a quadratic program; convert to float32 or float64")
     Q, p = tensors["Q"], tensors["p"]
     if Q.ndim < 2 or Q.shape[-1] != Q.shape[-2]:
@@ -79,13 +94,63 @@ def at_the_door(
     A, b, G, h = checks.constraint_rows(tensors, p, "Q")
     bounds = {name: (tensors[name], 1) for name in ("lb", "ub") if name in tensors}
     batch = checks.batch_shape(Q=(Q, 2), p=(p, 1), A=(A, 2), b=(b, 1), G=(G, 2), h=(h, 1), **bounds)
-    later = later and compiled.fits(Q, A, G) and checks.plain(*tensors.values())
+    later = later and compiled.fits(Q, A, G)
     checked = read and not later and checks.readable(*tensors.values())
     if checked:  # here, where an index is one of the caller's own tensor
         refuse_values(tensors)
     arguments = (Q, p, A, b, G, h, tensors.get("lb"), tensors.get("ub"))
     forms = (None if t is None else uniform(t, k, batch) for t, k in zip(arguments, EVENT_NDIM, strict=True))
-    return Program(*forms), checked, later  # type: ignore[arg-type]
+    program = Program(*forms)  # type: ignore[arg-type]
+    if later and key is not None:
+        _remember(key, given, program, batch)
+    return Door(program, batch, checked, later)
+
+
+class _Known(NamedTuple):
+    """What the structure of arguments decides: the batch, and what is to be done to bring each to its form."""
+
+    batch: torch.Size
+    changed: tuple[int, ...]  # arguments that are given without the dimensions of the batch
+    absent: tuple[tuple[int, torch.Size], ...]  # constraints that are not given, with the shape of having no rows
+
+
+_MOST_KNOWN = 256
+_known: dict[tuple[object, ...], _Known] = {}
+
+
+def _structure(given: Sequence[Tensor | None]) -> tuple[object, ...] | None:
+    """Everything that the checks look at but values; None where that is not all that counts."""
+    parts: list[object] = []
+    for t in given:
+        if t is None:
+            parts.append(None)
+        elif t.is_cpu and t.dtype in _FINE_ENOUGH:
+            parts += (t.shape, t.dtype)
+        else:
+            return None
+    return tuple(parts)
+
+
+def _remember(key: tuple[object, ...], given: Sequence[Tensor | None], program: Program, batch: torch.Size) -> None:
+    """Keep what good arguments have shown of their structure."""
+    pairs = [(i, old, new) for i, (old, new) in enumerate(zip(given, program, strict=True)) if new is not None]
+    changed = tuple(i for i, old, new in pairs if old is not None and old is not new)
+    absent = tuple((i, new.shape) for i, old, new in pairs if old is None)
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    _known[key] = _Known(batch, changed, absent)
+
+
+def _formed(known: _Known, given: Sequence[Tensor | None]) -> Program:
+    """Bring arguments of a known structure to one form."""
+    if not known.changed and not known.absent:
+        return Program(*given)  # type: ignore[arg-type]
+    forms = list(given)
+    for i in known.changed:
+        forms[i] = uniform(given[i], EVENT_NDIM[i], known.batch)  # type: ignore[arg-type]
+    for i, shape in known.absent:
+        forms[i] = given[1].new_empty(*shape)  # type: ignore[union-attr]
+    return Program(*forms)  # type: ignore[arg-type]
 
 
 def uniform(tensor: Tensor, event_ndim: int, batch: torch.Size) -> Tensor:

@@ -145,7 +145,7 @@ class _ReverseQP(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         settings, Q, _, A, _, G, _, _, _ = inputs
-        ctx.settings, ctx.outputs = settings, len(output)
+        ctx.settings, ctx.outputs = settings._replace(settled=None), len(output)
         ctx.shapes = [None if x is None else x.shape for x in inputs[1:]]
         ctx.mark_non_differentiable(*output[DIFFERENTIABLE:])
         ctx.set_materialize_grads(False)
@@ -158,21 +158,9 @@ class _ReverseQP(torch.autograd.Function):
         settings, needs, shapes = ctx.settings, ctx.needs_input_grad[1:], ctx.shapes
 
         def work(*tensors: Tensor | None) -> Sequence[Tensor | None]:
-            saved, (g_z, g_nu, g_lam, g_bound, g_s, g_value) = tensors[:-DIFFERENTIABLE], tensors[-DIFFERENTIABLE:]
+            saved, grads = tensors[:-DIFFERENTIABLE], tensors[-DIFFERENTIABLE:]
             Q, A, G, point, outcome = _unpack(settings, saved)  # type: ignore[arg-type]
-            if g_s is None and g_value is None:
-                return _pulled_back(settings, (Q, A, G), point, outcome, (g_z, g_nu, g_lam, g_bound), needs, shapes)
-            good = outcome.converged
-            g_s = None if g_s is None else torch.where(good.unsqueeze(-1), g_s, 0.0)
-            g_value = None if g_value is None else torch.where(good, g_value, 0.0)
-            direct = value.gradients(g_s, g_value, outcome[:4], needs, shapes)
-            if g_s is not None:
-                through_z = -quadratic.transposed_matvec(G, g_s)
-                g_z = through_z if g_z is None else g_z + through_z
-            if g_z is None and g_nu is None and g_lam is None and g_bound is None:
-                return direct  # the optimal value asks for no solve
-            implicit = _pulled_back(settings, (Q, A, G), point, outcome, (g_z, g_nu, g_lam, g_bound), needs, shapes)
-            return [x if y is None else _add(y, x) for x, y in zip(direct, implicit, strict=True)]
+            return _gradients(settings, (Q, A, G), point, outcome, grads, needs, shapes)
 
         return None, *modernised(work, (*ctx.saved_tensors, *grads[:DIFFERENTIABLE]))
 
@@ -217,10 +205,79 @@ class _QP(_ReverseQP):
         return outputs, (0,) * len(outputs)
 
 
+class _SettledQP(torch.autograd.Function):
+    """What the kernel has settled, attached to plain data: (Q, p, A, b, G, h) to (z, ν, λ, s, value), in reverse mode.
+
+    The rest of what is settled needs no derivative, so autograd does not have to know of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, settings: Settings, settled: compiled.Settled, *data: Tensor) -> tuple[Tensor, ...]:
+        Q, _, A, _, G, _ = data
+        point = settled.z, settled.nu, settled.lam
+        ctx.settings, ctx.shapes = settings, [x.shape for x in data]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(Q, A, G, *point, settled.weak, settled.done, *settled.factor)
+        return *point, settled.s, settled.value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        settings, needs, shapes = ctx.settings, (*ctx.needs_input_grad[2:], False, False), (*ctx.shapes, None, None)
+
+        def work(*tensors: Any) -> Sequence[Tensor | None]:
+            Q, A, G, z, nu, lam, weak, done, *factor, g_z, g_nu, g_lam, g_s, g_value = tensors
+            outcome = _settled_before(z, nu, lam, weak, done, tuple(factor))
+            given = (g_z, g_nu, g_lam, None, g_s, g_value)
+            return _gradients(settings, (Q, A, G), (z, nu, lam), outcome, given, needs, shapes)
+
+        return None, None, *modernised(work, (*ctx.saved_tensors, *grads))[:6]
+
+
+def _settled_before(
+    z: Tensor, nu: Tensor, lam: Tensor, weak: Tensor, done: Tensor, factor: tuple[Tensor, ...]
+) -> Outcome:
+    """As much of an outcome as a backward pass reads, of programs without bounds."""
+    no_bound, unread = z.new_empty(*z.shape[:-1], 0), done
+    of_info = (weak, unread, unread, done, unread, unread)
+    return Outcome(z, nu, lam, no_bound, unread, unread, no_bound, no_bound, *of_info, (), factor)
+
+
+def attached(settings: Settings, settled: compiled.Settled, program: Program) -> tuple[Tensor, ...]:
+    """Give z, ν, λ, s and value of settled programs, all of plain data and without bounds, their derivatives."""
+    outputs: tuple[Tensor, ...] = transforms.apply(_SettledQP, settings, settled, *program[:6], plain=True)
+    return outputs
+
+
 def differentiable(settings: Settings, program: Program) -> Outcome:
     """Solve a batch of programs, differentiably."""
     function = _ReverseQP if torch.compiler.is_compiling() else _QP
     return Outcome.of(settings.gradient, transforms.apply(function, settings, *program, plain=settings.plain))
+
+
+def _gradients(
+    settings: Settings,
+    matrices: tuple[Tensor, Tensor, Tensor],
+    point: Sequence[Tensor],
+    outcome: Outcome,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    shapes: Sequence[torch.Size],
+) -> Sequence[Tensor | None]:
+    """From gradients of z, ν, λ, the dual of the bounds, s and the value to those of the data."""
+    g_z, g_nu, g_lam, g_bound, g_s, g_value = grads
+    if g_s is None and g_value is None:
+        return _pulled_back(settings, matrices, point, outcome, (g_z, g_nu, g_lam, g_bound), needs, shapes)
+    good = outcome.converged
+    g_s = None if g_s is None else torch.where(good.unsqueeze(-1), g_s, 0.0)
+    g_value = None if g_value is None else torch.where(good, g_value, 0.0)
+    direct = value.gradients(g_s, g_value, outcome[:4], needs, shapes)
+    if g_s is not None:
+        through_z = -quadratic.transposed_matvec(matrices[2], g_s)
+        g_z = through_z if g_z is None else g_z + through_z
+    if g_z is None and g_nu is None and g_lam is None and g_bound is None:
+        return direct  # the optimal value asks for no solve
+    implicit = _pulled_back(settings, matrices, point, outcome, (g_z, g_nu, g_lam, g_bound), needs, shapes)
+    return [x if y is None else _add(y, x) for x, y in zip(direct, implicit, strict=True)]
 
 
 def _pulled_back(

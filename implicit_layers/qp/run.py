@@ -55,6 +55,7 @@ class Settings(NamedTuple):
     checked: bool = False  # whether the values of the arguments are known to be fit
     begin: ActiveSet | None = None  # what to try first
     plain: bool = False  # whether all data are known to be ordinary tensors
+    settled: compiled.Settled | None = None  # what the compiled kernel has made of the data, where it was asked already
     elastic: bool = False  # whether rows may be off by their duals, at the price ½|Az − b|² + ½|max(Gz − h, 0)|²
 
     @property
@@ -110,7 +111,7 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
     """
     program = Program(*tensors)  # type: ignore[arg-type]
     solver, batch = settings.solver, program.batch
-    settled = _settled_by_the_kernel(settings, program, batch)
+    settled = settled_by_the_kernel(settings, program, batch) if settings.settled is None else settings.settled
     if settled is not None and settled.number == batch.numel():
         return _outcome(settled, factor)
     if settings.synchronises and not settings.checked:
@@ -173,7 +174,7 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
     return outcome
 
 
-def _settled_by_the_kernel(settings: Settings, program: Program, batch: torch.Size) -> compiled.Settled | None:
+def settled_by_the_kernel(settings: Settings, program: Program, batch: torch.Size) -> compiled.Settled | None:
     """What the compiled kernel can do, where it is wanted and may be used; NaN and infinities it leaves alone."""
     Q, p, A, b, G, h, lb, ub = program
     solver, dtype = settings.solver, p.dtype
@@ -184,7 +185,7 @@ def _settled_by_the_kernel(settings: Settings, program: Program, batch: torch.Si
     if dtype == torch.float32 and solver.precision == "native":
         return None
     data = (Q, p, A, b, G, h)
-    if not compiled.fits(Q, A, G) or not batch.numel() or not checks.plain(*data):
+    if not compiled.fits(Q, A, G) or not batch.numel() or not (settings.plain or checks.plain(*data)):
         return None
     start = None if settings.begin is None else settings.begin.active
     return compiled.solve(batch, data, tol=solver.tolerance(dtype), max_iter=solver.max_iter, start=start)

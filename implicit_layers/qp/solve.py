@@ -10,14 +10,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from implicit_layers import checks
+from implicit_layers import checks, transforms
 from implicit_layers.eager import transforms_at_work, uncompiled
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, NonFiniteError, ShapeError
 from implicit_layers.kkt.program import ActiveSet
 from implicit_layers.qp.arguments import Program, at_the_door, refuse_values
-from implicit_layers.qp.derivative import differentiable
-from implicit_layers.qp.run import Gradient, Outcome, Settings
-from implicit_layers.solution import OnFailure, QPShift, QPSolution, Status, check_on_failure
+from implicit_layers.qp.derivative import attached, differentiable
+from implicit_layers.qp.run import Gradient, Outcome, Settings, settled_by_the_kernel
+from implicit_layers.solution import OnFailure, QPInfo, QPShift, QPSolution, Status, check_on_failure
+from implicit_layers.solvers import compiled
 from implicit_layers.solvers.interior_point import InteriorPoint
 
 Infeasible = Literal["raise", "nearest"]
@@ -101,10 +102,15 @@ def solve_qp(
         raise ArgumentTypeError(f"solve_qp: solver must be an InteriorPoint, got {type(solver).__name__}")
     read = solver.check_every > 0
     later = read and solver.backend != "torch"
-    program, checked, plain = at_the_door(Q, p, A, b, G, h, lb, ub, read=read, later=later)
+    program, batch, checked, plain = at_the_door(Q, p, A, b, G, h, lb, ub, read=read, later=later)
     begin = None if warm_start is None else _active_set(warm_start, program, solver)
     smoothing = smoothing if gradient == "smoothed" else 0.0
     settings = Settings(solver, on_failure, gradient, smoothing, checked, begin, plain)
+    if plain and lb is None and ub is None and infeasible != "nearest" and not transforms.at_work():
+        solution, settled = _solve_directly(settings, program, batch)
+        if solution is not None:
+            return solution
+        settings = settings._replace(settled=settled)
     # the compiler traces the derivative but for vmap and forward mode, whose rules it cannot take
     traced = torch.compiler.is_compiling() and gradient != "smoothed" and not transforms_at_work() & {"Vmap", "Jvp"}
     if traced and infeasible != "nearest":
@@ -130,6 +136,29 @@ def check_choices(on_failure: str, gradient: str, smoothing: float, infeasible: 
             'infeasible="nearest" take gradient="exact" or "least_norm"'
         )
     checks.positive("smoothing", smoothing)
+
+
+@uncompiled
+def _solve_directly(
+    settings: Settings, program: Program, batch: torch.Size
+) -> tuple[QPSolution | None, compiled.Settled | None]:
+    """The short way, of plain tensors without bounds that the compiled kernel settles: a small program takes no longer
+    than what is done around it.
+
+    Returns: the solution, None where the kernel left a program; and what it settled.
+    """
+    settled = settled_by_the_kernel(settings, program, batch)
+    if settled is None or settled.number != batch.numel():
+        return None, settled
+    z, nu, lam, s, value = settled.z, settled.nu, settled.lam, settled.s, settled.value
+    n, n_eq, n_ineq = z.shape[-1], nu.shape[-1], lam.shape[-1]
+    lower, upper = z.new_zeros(*batch, n), z.new_zeros(*batch, n)
+    shift = QPShift(z.new_zeros(*batch, n_eq), z.new_zeros(*batch, n_ineq))
+    status = torch.zeros_like(settled.weak)
+    info = QPInfo(status, settled.done, settled.iterations, settled.residual, settled.weak, settled.condition)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in program[:6]):
+        z, nu, lam, s, value = attached(settings, settled, program)
+    return QPSolution(z, nu, lam, s, info, lower, upper, value, shift), settled
 
 
 @uncompiled

@@ -78,7 +78,7 @@ def fits(Q: Tensor, A: Tensor, G: Tensor) -> bool:
     rows = n_eq + n_ineq
     if rows > _MOST_ROWS and (_room(n, n_ineq) == n_ineq or n_eq > n or rows * n > _MOST_ENTRIES):
         return False
-    return Q.device.type == "cpu" and Q.dtype in (torch.float32, torch.float64)
+    return Q.is_cpu and Q.dtype in (torch.float32, torch.float64)
 
 
 def _room(n: int, n_ineq: int) -> int:
@@ -101,28 +101,28 @@ def solve(
     double = torch.float64
     z, nu, lam = Q.new_empty(*batch, n), Q.new_empty(*batch, n_eq), Q.new_empty(*batch, n_ineq)
     s, value = Q.new_empty(*batch, n_ineq), Q.new_empty(batch)
-    residual, condition = Q.new_empty(batch), Q.new_empty(batch)
-    chol_q = torch.empty((*of_q, n, n), dtype=double)
-    chol_eq = torch.empty((*of_rows, n_eq, n_eq), dtype=double)
-    across = torch.empty((*of_rows, n_eq, n_ineq), dtype=double)
-    chol_ineq = torch.empty((*batch, hold, hold), dtype=double)
-    scale = torch.empty((*of_rows, n_eq + n_ineq), dtype=double)
-    active = torch.empty((*batch, n_eq + n_ineq), dtype=double)
-    iterations = torch.empty(batch, dtype=torch.int64)
-    weak, done = torch.empty(batch, dtype=torch.int8), torch.empty(batch, dtype=torch.bool)
+    residual, condition = torch.empty_like(value), torch.empty_like(value)
+    # sizes one by one, which PyTorch reads in half the time; like Q, since the user's default device may be another
+    chol_q = Q.new_empty(*of_q, n, n, dtype=double)
+    chol_eq = Q.new_empty(*of_rows, n_eq, n_eq, dtype=double)
+    across = Q.new_empty(*of_rows, n_eq, n_ineq, dtype=double)
+    chol_ineq = Q.new_empty(*batch, hold, hold, dtype=double)
+    scale = Q.new_empty(*of_rows, n_eq + n_ineq, dtype=double)
+    active = Q.new_empty(*batch, n_eq + n_ineq, dtype=double)
+    iterations = torch.empty_like(value, dtype=torch.int64)
+    weak, done = torch.empty_like(value, dtype=torch.int8), torch.empty_like(value, dtype=torch.bool)
     start = None if start is None else start.contiguous()
     settled = _kernel.solve(
         Q.dtype == torch.float32,
         torch.get_num_threads(),
         *(count, n, n_eq, n_ineq, hold),
-        *(tensor.data_ptr() for tensor, _ in kept),
-        *(step for _, step in kept),
+        *[tensor.data_ptr() for tensor, _ in kept],
+        *[step for _, step in kept],
         0 if start is None else start.data_ptr(),
         tol,
         min(max_iter, 2**31),
-        *(t.data_ptr() for t in (z, nu, lam, s, value, residual, condition)),
-        *(t.data_ptr() for t in (chol_q, chol_eq, across, chol_ineq, scale, active)),
-        *(t.data_ptr() for t in (iterations, weak, done)),
+        *[t.data_ptr() for t in (z, nu, lam, s, value, residual, condition)],
+        *[t.data_ptr() for t in (chol_q, chol_eq, across, chol_ineq, scale, active, iterations, weak, done)],
     )
     if shared_q:
         chol_q = chol_q.expand(*batch, n, n)
@@ -155,7 +155,7 @@ def adjoint(
     rights = [(None, 0) if grad is None else _flat(grad, 1, batch) for grad in grads]
     v = [torch.empty_like(t) for t in point]
     own = [
-        torch.empty(batch + matrix.shape[-2:], dtype=Q.dtype) if want and matrix.shape[:-2] == batch else None
+        Q.new_empty(*batch, *matrix.shape[-2:]) if want and matrix.shape[:-2] == batch else None
         for want, matrix in zip(wanted, matrices, strict=False)
     ]
     of_p = torch.empty_like(point[0]) if wanted[3] else None
@@ -167,13 +167,13 @@ def adjoint(
         *(count, n, n_eq, n_ineq, factor.chol_ineq.shape[-1]),
         *(q.data_ptr(), zero, a.data_ptr(), zero, g.data_ptr(), zero),
         *(step_q, zero, step_a, zero, step_g, zero),
-        *(t.data_ptr() for t, _ in parts),
-        *(parts[i][1] for i in (0, 1, 2, 4)),
-        *(t.data_ptr() for t in point),
-        *(zero if t is None else t.data_ptr() for t, _ in rights),
-        *(step for _, step in rights),
-        *(t.data_ptr() for t in v),
-        *(zero if t is None else t.data_ptr() for t in (*own, of_p)),
+        *[t.data_ptr() for t, _ in parts],
+        *(parts[0][1], parts[1][1], parts[2][1], parts[4][1]),
+        *[t.data_ptr() for t in point],
+        *[zero if t is None else t.data_ptr() for t, _ in rights],
+        *[step for _, step in rights],
+        *[t.data_ptr() for t in v],
+        *[zero if t is None else t.data_ptr() for t in (*own, of_p)],
         *(degenerate.data_ptr(), converged.data_ptr()),
     )
     return (v, [*own, of_p]) if good else None
@@ -181,7 +181,7 @@ def adjoint(
 
 def _flat(tensor: Tensor, event_ndim: int, batch: torch.Size) -> tuple[Tensor, int]:
     """Give a tensor whose memory the kernel can walk: what to keep alive, and the step between problems."""
-    if tensor.shape[: tensor.ndim - event_ndim] == batch and tensor.is_contiguous():
-        return tensor, tensor.numel() // max(batch.numel(), 1)
+    if tensor.is_contiguous() and tensor.shape[:-event_ndim] == batch:
+        return tensor, tensor.numel() // (batch.numel() or 1)
     flat = quadratic.unexpand(tensor, event_ndim, batch).contiguous()
     return flat, 0 if flat.shape[0] == 1 else flat.numel() // flat.shape[0]

@@ -1,0 +1,206 @@
+"""The short way through `solve_qp`: how few operations it takes, and that nothing is taken for granted on it."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import implicit_layers as il
+from implicit_layers.qp import arguments
+from implicit_layers.solvers import compiled
+from implicit_layers.testing import random_qp
+from tests.compiled_problems import NAMES
+
+Data = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def kernel() -> None:
+    assert compiled._kernel is not None, f"no kernel: {compiled.description()}; python setup.py build_ext --inplace"
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher, detached aliases of saved tensors among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def program(n: int = 10, n_ineq: int = 10, n_eq: int = 0, batch: tuple[int, ...] = (1,)) -> Data:
+    return dict(zip(NAMES, random_qp(n, n_ineq, n_eq, batch=batch, seed=3, condition=10.0), strict=False))
+
+
+def leaves(data: Data) -> Data:
+    return {name: tensor.clone().requires_grad_(tensor.numel() > 0) for name, tensor in data.items()}
+
+
+def gradients(data: Data, solution: il.QPSolution) -> list[Tensor]:
+    wanted = [tensor for tensor in data.values() if tensor.requires_grad]
+    return list(torch.autograd.grad(solution.z.square().sum() + solution.lam.sum(), wanted))
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_eq", "gradient"), [(0, "exact"), (3, "exact"), (3, "least_norm")])
+def test_operations_of_a_call(n_eq: int, gradient: Any) -> None:
+    """15 tensors of the answer, 6 of the factor; 3 of the point are saved as outputs."""
+    data = leaves(program(n_eq=n_eq))
+    for _ in range(2):  # what is worked out in the first call takes no operation either
+        with Operations() as forward:
+            solution = il.solve_qp(**data, gradient=gradient)
+        assert forward.found.total() <= 24, forward.found
+        with Operations() as backward:  # the 3 saved outputs, v, and at most 4 gradients that are not v
+            torch.autograd.grad(solution.z, [t for t in data.values() if t.requires_grad], torch.ones_like(solution.z))
+        assert backward.found.total() <= 12, backward.found
+
+
+def test_without_a_graph_nothing_is_attached() -> None:
+    data = program()
+    with Operations() as forward:
+        solution = il.solve_qp(**data)
+    assert forward.found.total() <= 21, forward.found
+    assert not solution.z.requires_grad
+
+
+def test_a_program_that_the_kernel_leaves_is_not_given_to_it_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked, solve = program(3, 2, 0, batch=(4,)), [], compiled.solve
+    monkeypatch.setattr(compiled, "solve", lambda *args, **options: asked.append(1) or solve(*args, **options))
+    data["G"][2], data["h"][2] = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]), torch.tensor([-1.0, -1.0])
+    solution = il.solve_qp(**data, on_failure="ignore")
+    assert solution.info.status.tolist() == [0, 0, int(il.Status.INFEASIBLE), 0]
+    assert len(asked) == 1
+
+
+# --- nothing is taken for granted ------------------------------------------------------------------------------------
+
+BAD = {
+    "p too long": lambda d: {"p": torch.ones(1, 11, dtype=torch.float64)},
+    "p of another dtype": lambda d: {"p": d["p"].float()},
+    "Q of integers": lambda d: {"Q": torch.eye(10, dtype=torch.int64).unsqueeze(0)},
+    "Q no tensor": lambda d: {"Q": d["Q"].tolist()},
+    "G of another width": lambda d: {"G": d["G"][..., :9].contiguous()},
+    "h too short": lambda d: {"h": d["h"][..., :9].contiguous()},
+    "h missing": lambda d: {"h": None},
+    "b without A": lambda d: {"b": torch.ones(1, 2, dtype=torch.float64), "A": None},
+    "batches that do not go together": lambda d: {"Q": d["Q"].expand(3, 10, 10), "p": d["p"].expand(2, 10)},
+    "all of them half": lambda d: {name: t.half() for name, t in d.items()},
+    "meta": lambda d: {name: t.to("meta") for name, t in d.items()},
+    "NaN in Q": lambda d: {"Q": torch.full_like(d["Q"], torch.nan)},
+    "NaN in G": lambda d: {"G": torch.full_like(d["G"], torch.nan)},
+    "infinite p": lambda d: {"p": torch.full_like(d["p"], torch.inf)},
+    "h of minus infinity": lambda d: {"h": torch.full_like(d["h"], -torch.inf)},
+    "indefinite": lambda d: {"Q": -d["Q"]},
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_refused_is_refused_after_a_good_call_too(what: str) -> None:
+    good = program()
+    bad = {**good, **BAD[what](good)}
+    arguments._known.clear()
+    with pytest.raises(il.ImplicitLayersError) as first:
+        il.solve_qp(**bad)
+    for _ in range(2):
+        assert il.solve_qp(**good).info.converged.all()
+        with pytest.raises(type(first.value)) as later:
+            il.solve_qp(**bad)
+        assert str(later.value) == str(first.value)
+
+
+def test_half_precision_is_known_as_such() -> None:
+    data = {name: tensor.bfloat16() for name, tensor in program().items()}
+    with torch.autocast("cpu"):
+        assert il.solve_qp(**data).z.dtype == torch.float32
+    with pytest.raises(il.DtypeError, match="too coarse"):
+        il.solve_qp(**data)
+
+
+def test_values_are_not_remembered() -> None:
+    first, second = program(), dict(zip(NAMES, random_qp(10, 10, 0, batch=(1,), seed=4), strict=False))
+    expected = [il.solve_qp(**data, solver=il.InteriorPoint(backend="torch")).z for data in (first, second, first)]
+    found = [il.solve_qp(**data).z for data in (first, second, first)]
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", ["given", "shared", "without rows", "equalities only", "no batch"])
+def test_the_first_call_and_later_ones_give_the_same_bits(shape: str) -> None:
+    data = program(4, 5, 2, batch=() if shape == "no batch" else (3,))
+    if shape == "shared":
+        data |= {name: data[name][0] for name in ("Q", "A", "b", "G")} | {"h": data["h"] + 5.0}
+    if shape in ("without rows", "equalities only"):
+        data = {name: t for name, t in data.items() if name not in ("G", "h", *("A", "b")[: 2 * ("rows" in shape)])}
+    data = leaves(data)
+    arguments._known.clear()
+    answers = []
+    for _ in range(3):
+        solution = il.solve_qp(**data)
+        answers.append([*solution[:4], *solution.info, *solution[5:8], *solution.shift, *gradients(data, solution)])
+    assert len(arguments._known) == 1
+    for name, gradient in zip(data, answers[0][-len(data) :], strict=True):
+        assert gradient.shape == data[name].shape
+    for later in answers[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(answers[0], later, strict=True))
+
+
+def test_few_structures_are_kept() -> None:
+    arguments._known.clear()
+    one = torch.eye(1, dtype=torch.float64)
+    for size in range(arguments._MOST_KNOWN + 10):
+        il.solve_qp(one, one.new_ones(size + 1, 1))
+    assert 0 < len(arguments._known) <= arguments._MOST_KNOWN
+
+
+# --- what comes back -------------------------------------------------------------------------------------------------
+
+
+def test_the_fields_share_no_memory() -> None:
+    solution = il.solve_qp(**program(n_eq=2))
+    fields = [*solution[:4], *solution.info, *solution[5:8], *solution.shift]
+    addresses = Counter(field.untyped_storage().data_ptr() for field in fields)
+    assert max(addresses.values()) == 1
+    assert all(field._base is None for field in fields)
+
+
+def test_solutions_are_copied_and_pickled() -> None:
+    solution = il.solve_qp(**program(n_eq=2))
+    for copy in (deepcopy(solution), pickle.loads(pickle.dumps(solution))):
+        assert type(copy) is il.QPSolution
+        torch.testing.assert_close(tuple(copy.info), tuple(solution.info))
+        torch.testing.assert_close((*copy[:4], *copy[5:8]), (*solution[:4], *solution[5:8]), rtol=0, atol=0)
+
+
+def test_hooks_on_what_is_saved() -> None:
+    data = leaves(program(n_eq=2, batch=(3,)))
+    expected = gradients(data, il.solve_qp(**data))
+
+    def scattered(t: Tensor) -> Tensor:  # not contiguous
+        return torch.stack([t, t], dim=-1)[..., 0] if t.ndim else t
+
+    with torch.autograd.graph.saved_tensors_hooks(scattered, lambda t: t):
+        solution = il.solve_qp(**data)
+    for mine, theirs in zip(gradients(data, solution), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_whatever_the_default_device() -> None:
+    data = leaves(program(n_eq=2))
+    expected = il.solve_qp(**data)
+    with torch.device("meta"):
+        solution = il.solve_qp(**data)
+        found = torch.autograd.grad(solution.z.sum(), data["p"])[0]
+    assert torch.equal(solution.z, expected.z)
+    assert torch.equal(found, torch.autograd.grad(expected.z.sum(), data["p"])[0])

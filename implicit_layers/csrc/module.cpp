@@ -191,7 +191,7 @@ static Team* team = nullptr;
 
 static int useful_threads(const Data& d, long groups, int threads) {
     const double n = double(d.n), m = double(d.n_ineq), rows = double(d.n_eq + d.n_ineq);
-    const double iteration = d.hold < d.n_ineq ? n * n * m : m * m * m, formed = d.hold < d.n_ineq ? n + d.n_eq : rows;
+    const double iteration = d.narrow ? n * n * m : m * m * m, formed = d.narrow ? n + d.n_eq : rows;
     const double steps = n * n * n / 3 + n * n * rows + n * rows * formed + 2 * iteration + 20 * (n * n + n * rows + m * m);
     const double worth = 1.0 + groups * steps * (openmp ? 2e-5 : 4e-6);  // to wake a thread takes as long as so many
     if (threads > worth) threads = int(worth);
@@ -245,6 +245,7 @@ class Numbers {
 
 static void read_data(Numbers& in, Data& d) {
     d.batch = in.number(), d.n = in.number(), d.n_eq = in.number(), d.n_ineq = in.number(), d.hold = in.number();
+    d.narrow = in.number();
     in.address(d.Q), in.address(d.p), in.address(d.A), in.address(d.b), in.address(d.G), in.address(d.h);
     d.step_Q = in.number(), d.step_p = in.number(), d.step_A = in.number();
     d.step_b = in.number(), d.step_G = in.number(), d.step_h = in.number();

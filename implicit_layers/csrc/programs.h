@@ -11,7 +11,8 @@ struct Data {
     const char *Q, *p, *A, *b, *G, *h;                        // of the type of the data
     long step_Q, step_p, step_A, step_b, step_G, step_h;      // in elements
     long batch, n, n_eq, n_ineq;
-    long hold;                                                // n_ineq, or where rows are many at most so many are active
+    long hold;                                                // at most so many inequalities are active
+    long narrow;                                              // whether the form is that of `narrow.h`
 };
 
 struct Solve {

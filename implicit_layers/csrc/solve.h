@@ -13,10 +13,10 @@ class Group {
         used = d.batch - first < W ? int(d.batch - first) : W;
         share_q = d.step_Q == 0;
         share_rows = (p == 0 || d.step_A == 0) && (m == 0 || d.step_G == 0);
-        narrow = hold < m;
-        lds = narrow ? p : rows;
+        narrow = d.narrow;
+        lds = narrow ? p : rows, ldk = narrow ? hold : m;
         const long of_form = narrow ? Narrow<V, M>::size(m, n, p) : Wide<V, M>::size(m);
-        const long sizes[] = {n * n, (n + rows) * n, rows * n, rows * lds, hold * hold, of_form};
+        const long sizes[] = {n * n, (n + rows) * n, rows * n, rows * lds, ldk * ldk, of_form};
         const long vectors = 6 * n + 13 * rows + 14 * m + KEPT;
         unsigned long total = vectors;
         for (long size : sizes) total += size;
@@ -26,7 +26,7 @@ class Group {
             at += count;
             return mine;
         };
-        Q = part(n * n), tall = part((n + rows) * n), E = part(rows * n), S = part(rows * lds), K = part(hold * hold);
+        Q = part(n * n), tall = part((n + rows) * n), E = part(rows * n), S = part(rows * lds), K = part(ldk * ldk);
         V* const memory = part(of_form);
         inv_q = part(n), half = part(n), cost = part(n), z = part(n), gradient = part(n), work = part(n);
         f = part(rows), scale = part(rows), touches = part(rows), reach = part(rows), violation = part(rows), inv_eq = part(rows);
@@ -89,6 +89,7 @@ class Group {
     const Data& d;
     const long n, p, m, rows, first, hold;  // room for so many active rows
     long lds;                               // columns of S: of equality rows alone where rows are many
+    long ldk;                               // columns of K
     bool narrow;
     Narrow<V, M> slim;
     Wide<V, M> wide;
@@ -331,11 +332,11 @@ class Group {
         for (int l = 0; l < W; ++l)
             for (long k = sizes[l]; k < count; ++k) index[k * W + l] = -1;
         if (narrow)
-            slim.template choose<W>(K, hold, index, count);
+            slim.template choose<W>(K, ldk, index, count);
         else
-            wide.template choose<W>(K, hold, index, count);
+            wide.template choose<W>(K, ldk, index, count);
         const V floor = all<V>(16.0 * m * EPS);
-        independent = factorise<V, M>(K, hold, count, count, 0, inv_k, &floor, 0) & ~crowded;
+        independent = factorise<V, M>(K, ldk, count, count, 0, inv_k, &floor, 0) & ~crowded;
         return count;
     }
 
@@ -351,8 +352,8 @@ class Group {
                 const long long i = index[a * W + l];
                 compact[a][l] = i >= 0 ? x[p + i][l] : 0.0;
             }
-        forward(K, hold, inv_k, count, compact);
-        backward(K, hold, inv_k, count, compact);
+        forward(K, ldk, inv_k, count, compact);
+        backward(K, ldk, inv_k, count, compact);
         for (long i = 0; i < m; ++i) x[p + i] = all<V>(0.0);
         for (long a = 0; a < count; ++a)
             for (int l = 0; l < W; ++l) {
@@ -478,7 +479,7 @@ class Group {
         V condition = largest(kept[SPREAD_Q], kept[SPREAD_EQ]);
         if (m) {
             V high = all<V>(0.0), low = all<V>(1.0 / 0.0);
-            pivots(K, hold, count, high, low);
+            pivots(K, ldk, count, high, low);
             const M some_out = number_active() < all<V>(double(m));  // ones on the diagonal of what is inactive
             high = some_out ? largest(high, all<V>(1.0)) : high;
             low = some_out & (low > 1.0) ? all<V>(1.0) : low;
@@ -558,14 +559,14 @@ class Group {
         if (!(share_q && share_rows)) write_rows(b, lane);
         double* to = task.chol_ineq + b * hold * hold;
         for (long i = 0; i < hold * hold; ++i) to[i] = 0.0;
-        if (narrow) return write_compact(to, lane, count);
+        if (hold < m) return write_compact(to, lane, count);
         for (long i = 0; i < m; ++i)
             if (!(active[p + i][lane] > 0.0)) to[i * m + i] = 1.0;
         const double* in = reinterpret_cast<const double*>(K);
         for (long a = 0; a < count; ++a) {
             const long long i = index[a * W + lane];
             if (i < 0) break;
-            for (long c = 0; c <= a; ++c) to[i * m + index[c * W + lane]] = in[(a * hold + c) * W + lane];
+            for (long c = 0; c <= a; ++c) to[i * m + index[c * W + lane]] = in[(a * ldk + c) * W + lane];
         }
     }
 
@@ -574,7 +575,7 @@ class Group {
         for (long a = 0; a < hold; ++a) {
             to[a * hold + a] = 1.0;
             if (a < count && index[a * W + lane] >= 0)
-                for (long c = 0; c <= a; ++c) to[a * hold + c] = in[(a * hold + c) * W + lane];
+                for (long c = 0; c <= a; ++c) to[a * hold + c] = in[(a * ldk + c) * W + lane];
         }
     }
 };

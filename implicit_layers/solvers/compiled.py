@@ -76,14 +76,14 @@ def fits(Q: Tensor, A: Tensor, G: Tensor) -> bool:
     if _kernel is None or n > _MOST_UNKNOWNS or Q.numel() == 0:
         return False
     rows = n_eq + n_ineq
-    if rows > _MOST_ROWS and (_room(n, n_ineq) == n_ineq or n_eq > n or rows * n > _MOST_ENTRIES):
+    if rows > _MOST_ROWS and (not _narrow(n, n_ineq) or n_eq > n or rows * n > _MOST_ENTRIES):
         return False
     return Q.device.type == "cpu" and Q.dtype in (torch.float32, torch.float64)
 
 
-def _room(n: int, n_ineq: int) -> int:
-    """Say how many active inequalities the factors have room for: all, or where they are many as many as unknowns."""
-    return n if n_ineq >= _NARROW * n and n_ineq > n else n_ineq
+def _narrow(n: int, n_ineq: int) -> bool:
+    """Tell whether an iteration factors a matrix of the size of the unknowns instead of the rows."""
+    return n_ineq >= _NARROW * n and n_ineq > n
 
 
 def solve(
@@ -92,7 +92,7 @@ def solve(
     """Solve a batch of programs Q, p, A, b, G, h, each (*B or 1s, ...); `start`: active rows to try first, (N, m)."""
     Q, _, A, _, G, _ = data
     count, n, n_eq, n_ineq = batch.numel(), Q.shape[-1], A.shape[-2], G.shape[-2]
-    hold = _room(n, n_ineq)
+    hold = min(n_ineq, max(n - n_eq, 0))  # more rows are not independent
     kept = [_flat(tensor, 2 - vector, batch) for tensor, vector in zip(data, _VECTORS, strict=True)]
     shared_q = kept[0][1] == 0
     shared = shared_q and (n_eq == 0 or kept[2][1] == 0) and (n_ineq == 0 or kept[4][1] == 0)
@@ -114,7 +114,7 @@ def solve(
     settled = _kernel.solve(
         Q.dtype == torch.float32,
         torch.get_num_threads(),
-        *(count, n, n_eq, n_ineq, hold),
+        *(count, n, n_eq, n_ineq, hold, _narrow(n, n_ineq)),
         *(tensor.data_ptr() for tensor, _ in kept),
         *(step for _, step in kept),
         0 if start is None else start.data_ptr(),
@@ -164,7 +164,7 @@ def adjoint(
     good = _kernel.adjoint(
         Q.dtype == torch.float32,
         torch.get_num_threads(),
-        *(count, n, n_eq, n_ineq, factor.chol_ineq.shape[-1]),
+        *(count, n, n_eq, n_ineq, factor.chol_ineq.shape[-1], _narrow(n, n_ineq)),
         *(q.data_ptr(), zero, a.data_ptr(), zero, g.data_ptr(), zero),
         *(step_q, zero, step_a, zero, step_g, zero),
         *(t.data_ptr() for t, _ in parts),

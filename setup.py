@@ -32,7 +32,19 @@ TEST = [
 # The compiled solver of small quadratic programs: without a C++ compiler the package installs without it, and works.
 # Which instructions it uses is chosen when it runs, so a wheel made on one processor is right on another.
 SOURCES = "implicit_layers/csrc"
-HEADERS = ("adjoint", "factor", "kernel", "lanes", "measures", "narrow", "programs", "single", "solve", "wide")
+HEADERS = (
+    "adjoint",
+    "bounded",
+    "factor",
+    "kernel",
+    "lanes",
+    "measures",
+    "narrow",
+    "programs",
+    "single",
+    "solve",
+    "wide",
+)
 KERNEL = Extension(
     "implicit_layers._kernel",
     sources=[f"{SOURCES}/module.cpp"],

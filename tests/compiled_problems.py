@@ -12,7 +12,9 @@ import implicit_layers as il
 from implicit_layers.testing import random_qp
 
 NAMES = ("Q", "p", "A", "b", "G", "h")
+BOUNDS = ("lb", "ub")
 POINT = ("z", "nu", "lam", "s", "value")
+DUALS = ("lam_lb", "lam_ub")  # of the bounds: zero where there are none
 BACKENDS = ("torch", "compiled")
 
 Data = dict[str, Tensor]
@@ -41,7 +43,9 @@ def call(leaves: Data, solver: il.InteriorPoint, **options: Any) -> il.QPSolutio
     return il.solve_qp(leaves["Q"], leaves["p"], **rows, solver=solver, **options)
 
 
-def answer(data: Mapping[str, Tensor], backend: str, wanted: tuple[str, ...] = NAMES, **options: Any) -> Answer:
+def answer(
+    data: Mapping[str, Tensor], backend: str, wanted: tuple[str, ...] = (*NAMES, *BOUNDS), **options: Any
+) -> Answer:
     """Solve and differentiate a weighted sum of everything."""
     setting = {name: options.pop(name) for name in ("tol", "max_iter", "form", "precision") if name in options}
     solver = il.InteriorPoint(backend=backend, **setting)  # type: ignore[arg-type]
@@ -54,7 +58,7 @@ def answer(data: Mapping[str, Tensor], backend: str, wanted: tuple[str, ...] = N
         return Answer(None, {}, f"{type(error).__name__}: {error}")
     generator = torch.Generator().manual_seed(7)
     loss = torch.zeros((), dtype=solution.z.dtype)
-    for name in POINT:
+    for name in (*POINT, *DUALS):
         part = getattr(solution, name)
         weight = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part)
         loss = loss + (weight * part).sum()
@@ -80,7 +84,7 @@ def disagreement(reference: Answer, kernel: Answer) -> dict[str, float]:
         assert torch.equal(found, expected), (field, found, expected)
     good = one.info.converged
     errors = {}
-    for name in POINT:
+    for name in (*POINT, *DUALS):
         found, expected = getattr(two, name), getattr(one, name)
         assert found.shape == expected.shape and found.dtype == expected.dtype, name
         errors[name] = relative(found[good], expected[good])
@@ -115,6 +119,45 @@ def draw(
     if n_ineq == 0:
         del data["G"], data["h"]
     return {name: data[name] for name in NAMES if name in data}
+
+
+def boxed(
+    n: int,
+    n_ineq: int,
+    n_eq: int,
+    batch: tuple[int, ...],
+    seed: int,
+    *,
+    sides: tuple[str, ...] = BOUNDS,
+    shared: str = "",
+    condition: float = 10.0,
+    infinite: float = 0.0,
+) -> Data:
+    """The programs of `draw` with bounds, of which about a quarter holds its unknown; some are infinite.
+
+    The solution stays: what is added to p is the dual of a bound. Beside rows that are active, at most half of the
+    unknowns that these leave is held.
+    """
+    data = draw(n, n_ineq, n_eq, batch, seed, shared=shared, condition=condition)
+    z = call(data, il.InteriorPoint(backend="torch")).z
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform() -> Tensor:
+        return torch.rand(z.shape, generator=generator, dtype=torch.float64)
+
+    order = uniform().argsort(-1).argsort(-1)
+    held = order < (n - n_eq) / 4
+    upper = (uniform() < 0.5) if len(sides) == 2 else torch.full_like(held, sides == ("ub",))
+    dual, away = 0.1 + uniform(), 0.1 + uniform()
+    data["p"] = data["p"] - torch.where(held, torch.where(upper, dual, -dual), 0.0)
+    none = ~held & (uniform() < infinite)
+    if "lb" in sides:
+        data["lb"] = torch.where(held & ~upper, z, z - away).masked_fill(
+            none | (uniform() < 0.5 * infinite) & ~held, -torch.inf
+        )
+    if "ub" in sides:
+        data["ub"] = torch.where(held & upper, z, z + away + uniform()).masked_fill(none, torch.inf)
+    return data
 
 
 def layout(tensor: Tensor, kind: str) -> Tensor:

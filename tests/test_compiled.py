@@ -521,7 +521,6 @@ def test_a_wrong_number_of_arguments_is_refused() -> None:
     [
         ({"form": "condensed"}, {}),
         ({"precision": "native"}, {"float32": True}),
-        ({}, {"bounds": True}),
         ({}, {"large": True}),
         ({"gradient": "smoothed"}, {}),
         ({}, {"subclass": True}),
@@ -532,8 +531,6 @@ def test_what_it_is_not_made_for_goes_to_pytorch(options: dict, data: dict, used
     problem = draw(161 if data.get("large") else 4, 5, 1, (2,), 0)
     if data.get("float32"):
         problem = {name: tensor.float() for name, tensor in problem.items()}
-    if data.get("bounds"):
-        problem["lb"] = torch.full((4,), -100.0, dtype=torch.float64)
     gradient = {"gradient": options["gradient"]} if "gradient" in options else {}
     solver = il.InteriorPoint(backend="compiled", **{k: v for k, v in options.items() if k != "gradient"})
     if data.get("subclass"):

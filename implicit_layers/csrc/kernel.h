@@ -13,6 +13,7 @@ namespace TARGET {
 #include "measures.h"
 #include "wide.h"
 #include "narrow.h"
+#include "bounded.h"
 #include "solve.h"
 #include "adjoint.h"
 

@@ -191,8 +191,9 @@ static Team* team = nullptr;
 
 static int useful_threads(const Data& d, long groups, int threads) {
     const double n = double(d.n), m = double(d.n_ineq), rows = double(d.n_eq + d.n_ineq);
-    const double iteration = d.hold < d.n_ineq ? n * n * m : m * m * m, formed = d.hold < d.n_ineq ? n + d.n_eq : rows;
-    const double steps = n * n * n / 3 + n * n * rows + n * rows * formed + 2 * iteration + 20 * (n * n + n * rows + m * m);
+    const double iteration = d.form == WIDE ? m * m * m : n * n * (d.form == NARROW ? m : n + m);
+    const double formed = d.form == WIDE ? rows : n + d.n_eq, last = d.form == BOUNDED ? d.hold : m;
+    const double steps = n * n * n / 3 + n * n * rows + n * rows * formed + 2 * iteration + 20 * (n * n + n * rows + last * last);
     const double worth = 1.0 + groups * steps * (openmp ? 2e-5 : 4e-6);  // to wake a thread takes as long as so many
     if (threads > worth) threads = int(worth);
     if (threads > groups) threads = int(groups);
@@ -245,9 +246,12 @@ class Numbers {
 
 static void read_data(Numbers& in, Data& d) {
     d.batch = in.number(), d.n = in.number(), d.n_eq = in.number(), d.n_ineq = in.number(), d.hold = in.number();
+    d.form = int(in.number());
     in.address(d.Q), in.address(d.p), in.address(d.A), in.address(d.b), in.address(d.G), in.address(d.h);
+    in.address(d.lb), in.address(d.ub);
     d.step_Q = in.number(), d.step_p = in.number(), d.step_A = in.number();
     d.step_b = in.number(), d.step_G = in.number(), d.step_h = in.number();
+    d.step_lb = in.number(), d.step_ub = in.number();
 }
 
 static bool finish(Work Width::*what, const void* task, const Data& data, int threads) {
@@ -287,8 +291,9 @@ static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     in.address(task.start);
     task.tol = in.real();
     task.max_iter = in.number();
-    in.address(task.z), in.address(task.nu), in.address(task.lam);
-    in.address(task.s), in.address(task.value), in.address(task.residual), in.address(task.condition);
+    in.address(task.z), in.address(task.nu), in.address(task.lam), in.address(task.bound), in.address(task.s);
+    in.address(task.value), in.address(task.pull_lb), in.address(task.pull_ub);
+    in.address(task.residual), in.address(task.condition);
     in.address(task.chol_q), in.address(task.chol_eq), in.address(task.across), in.address(task.chol_ineq);
     in.address(task.scale), in.address(task.active);
     in.address(task.iterations), in.address(task.weak), in.address(task.settled);
@@ -314,11 +319,13 @@ static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count
     in.address(task.scale), in.address(task.active);
     task.step_chol_q = in.number(), task.step_chol_eq = in.number(), task.step_across = in.number();
     task.step_scale = in.number();
-    in.address(task.z), in.address(task.nu), in.address(task.lam);
-    in.address(task.g_z), in.address(task.g_nu), in.address(task.g_lam);
+    in.address(task.z), in.address(task.nu), in.address(task.lam), in.address(task.pull_ub);
+    in.address(task.g_z), in.address(task.g_nu), in.address(task.g_lam), in.address(task.g_bound);
     task.step_g_z = in.number(), task.step_g_nu = in.number(), task.step_g_lam = in.number();
+    task.step_g_bound = in.number();
     in.address(task.v_z), in.address(task.v_nu), in.address(task.v_lam);
     in.address(task.d_Q), in.address(task.d_A), in.address(task.d_G), in.address(task.d_p);
+    in.address(task.d_lb), in.address(task.d_ub);
     const signed char* degenerate;
     const unsigned char* converged;
     in.address(degenerate), in.address(converged);

@@ -1,4 +1,4 @@
-// One program a lane, in the form of `wide.h` or that of `narrow.h`: the same steps as `solvers/dual_path.py` and
+// One program a lane, in the form of `wide.h`, `narrow.h` or `bounded.h`: the same steps as `solvers/dual_path.py` and
 // `solvers/active_set.py`, which say why. Programs that need more than these steps (dependent rows, no solution, a hard
 // path) are left to them.
 
@@ -9,15 +9,27 @@ class Group {
 
    public:
     Group(const Solve& task, long group, Room& room)
-        : task(task), d(task.data), n(d.n), p(d.n_eq), m(d.n_ineq), rows(p + m), first(group * W), hold(d.hold) {
+        : task(task),
+          d(task.data),
+          n(d.n),
+          p(d.n_eq),
+          g(d.n_ineq),
+          q(d.n_ineq + (d.form == BOUNDED ? n : 0)),
+          m(g + (d.ub ? n : 0) + (d.lb ? n : 0)),
+          rows(p + q),
+          first(group * W),
+          hold(d.hold),
+          form(d.form),
+          sides{{1.0, g, d.ub ? n : 0}, {-1.0, g + (d.ub ? n : 0), d.lb ? n : 0}} {
         used = d.batch - first < W ? int(d.batch - first) : W;
         share_q = d.step_Q == 0;
-        share_rows = (p == 0 || d.step_A == 0) && (m == 0 || d.step_G == 0);
-        narrow = hold < m;
-        lds = narrow ? p : rows;
-        const long of_form = narrow ? Narrow<V, M>::size(m, n, p) : Wide<V, M>::size(m);
-        const long sizes[] = {n * n, (n + rows) * n, rows * n, rows * lds, hold * hold, of_form};
-        const long vectors = 6 * n + 13 * rows + 14 * m + KEPT;
+        share_rows = (p == 0 || d.step_A == 0) && (g == 0 || d.step_G == 0);
+        lds = form == WIDE ? rows : p, ldk = form == WIDE ? m : hold;
+        const long of_form = form == WIDE     ? Wide<V, M>::size(m)
+                             : form == NARROW ? Narrow<V, M>::size(m, n, p)
+                                              : Bounded<V, M>::size(m, n, p, g);
+        const long sizes[] = {n * n, (n + rows) * n, (p + g) * n, rows * lds, ldk * ldk, of_form};
+        const long vectors = 7 * n + 12 * rows + (p + m) + 14 * m + KEPT;
         unsigned long total = vectors;
         for (long size : sizes) total += size;
         V* at = reinterpret_cast<V*>(room.take(total * W));
@@ -26,10 +38,10 @@ class Group {
             at += count;
             return mine;
         };
-        Q = part(n * n), tall = part((n + rows) * n), E = part(rows * n), S = part(rows * lds), K = part(hold * hold);
+        Q = part(n * n), tall = part((n + rows) * n), E = part((p + g) * n), S = part(rows * lds), K = part(ldk * ldk);
         V* const memory = part(of_form);
         inv_q = part(n), half = part(n), cost = part(n), z = part(n), gradient = part(n), work = part(n);
-        f = part(rows), scale = part(rows), touches = part(rows), reach = part(rows), violation = part(rows), inv_eq = part(rows);
+        goal = part(n), f = part(p + m), scale = part(rows), touches = part(rows), reach = part(rows), violation = part(rows), inv_eq = part(rows);
         active = part(rows), dual = part(rows), step = part(rows), image = part(rows), y = part(rows), corrected = part(rows);
         spare = part(rows);
         w = part(m), lam = part(m), s = part(m), off = part(m), inv_k = part(m), inv_lam = part(m), inv_s = part(m);
@@ -37,10 +49,12 @@ class Group {
         open = part(m), theta = part(m), kept = part(KEPT);
         index = reinterpret_cast<long long*>(part(m));
         H = tall + n * n;
-        if (narrow)
+        if (form == WIDE)
+            wide = Wide<V, M>(m, memory, K, inv_k);
+        else if (form == NARROW)
             slim = Narrow<V, M>(m, n, p, H, memory);
         else
-            wide = Wide<V, M>(m, memory, K, inv_k);
+            boxed = Bounded<V, M>(n, p, g, sides, Q, E, scale, open, memory);
         ready = room.call == room.current;
         room.call = room.current;
     }
@@ -50,12 +64,18 @@ class Group {
         set_up();
         if (first == 0 && task.chol_q) write_shared();
         alive = lane_numbers() < all<M>(used);
-        alive &= fit & ~endless;
+        alive &= fit & ~endless & ~pinned;
         iterations = all<V>(0.0);
         V* guess = active;
         if (task.start) {
             for (long i = 0; i < rows; ++i)
                 for (int l = 0; l < W; ++l) guess[i][l] = task.start[program(l) * rows + i];
+            for (long i = 0; i < rows - p - g; ++i) {
+                V there = all<V>(0.0), &asked = guess[p + g + i];
+                for (const Side& side : sides)
+                    if (side.count) there = (side.sign * asked > 0.0) & ~as_mask(open[side.first + i]) ? asked : there;
+                asked = there;
+            }
             settle(1e-14, 1, 4);
         }
         if (!any(alive)) return;
@@ -87,19 +107,25 @@ class Group {
    private:
     const Solve& task;
     const Data& d;
-    const long n, p, m, rows, first, hold;  // room for so many active rows
-    long lds;                               // columns of S: of equality rows alone where rows are many
-    bool narrow;
+    const long n, p, g;    // unknowns, equality rows and those of G
+    const long q;          // rows that are no equalities: of G, and one for each unknown where there are bounds
+    const long m;          // inequalities, a bound having two sides
+    const long rows, first;
+    const long hold;       // room for so many active rows
+    const int form;
+    const Side sides[2];   // upper, lower
+    long lds, ldk;         // columns of S, of equality rows alone but in the form `wide`, and of K
     Narrow<V, M> slim;
     Wide<V, M> wide;
+    Bounded<V, M> boxed;
     int used;
     bool share_q, share_rows, ready;
     V *Q, *tall, *E, *S, *K, *H;
-    V *inv_q, *half, *cost, *z, *gradient, *work;
+    V *inv_q, *half, *cost, *z, *gradient, *work, *goal;
     V *f, *scale, *touches, *reach, *violation, *inv_eq, *active, *dual, *step, *image, *y, *corrected, *spare;
     V *w, *lam, *s, *off, *theta, *inv_k, *inv_lam, *inv_s, *d_lam, *d_s, *correction, *compact, *open, *kept;
     long long* index;  // (k, W): the active inequality rows of each lane, -1 where there are no more
-    M alive, fit, inside, stuck, endless, no_rows;
+    M alive, fit, inside, stuck, endless, no_rows, pinned;
     V weakly, residual_;  // of the last answer that was judged
     V iterations, free_norm, unit, curvature, length, pull_size, curve_size, cost_size;
 
@@ -110,18 +136,18 @@ class Group {
     }
     long program(int lane) const { return first + (lane < used ? lane : used - 1); }
 
-    void read(V* to, const char* from, long step_, long count) {
+    void read(V* to, const char* from, long step_, long count, double factor = 1.0) {
         const T* in[W];
         for (int l = 0; l < W; ++l) in[l] = reinterpret_cast<const T*>(from) + step_ * program(l);
-        load<W, T>(to, in, count);
+        load<W, T>(to, in, count, factor);
     }
 
     void read_vectors() {
         read(cost, d.p, d.step_p, n);
         if (p) read(f, d.b, d.step_b, p);
-        if (m) read(f + p, d.h, d.step_h, m);
-        endless = all<V>(0.0) != all<V>(0.0);
-        for (long i = 0; i < m; ++i) {  // a side of +∞ is no row; the matrix may be another program's too
+        if (g) read(f + p, d.h, d.step_h, g);
+        endless = pinned = all<V>(0.0) != all<V>(0.0);
+        for (long i = 0; i < g; ++i) {  // a side of +∞ is no row; the matrix may be another program's too
             const M none = f[p + i] == all<V>(1.0 / 0.0);
             endless |= none;
             open[i] = as_number(none);
@@ -129,7 +155,17 @@ class Group {
         no_rows = !share_rows || d.step_h == 0 ? endless : as_mask(all<V>(0.0));
         endless &= ~no_rows;
         if (any(no_rows))
-            for (long i = 0; i < m; ++i) f[p + i] = as_mask(open[i]) ? all<V>(1.0) : f[p + i];
+            for (long i = 0; i < g; ++i) f[p + i] = as_mask(open[i]) ? all<V>(1.0) : f[p + i];
+        if (d.ub) read(f + p + sides[0].first, d.ub, d.step_ub, n);
+        if (d.lb) read(f + p + sides[1].first, d.lb, d.step_lb, n, -1.0);
+        for (long i = g; i < m; ++i) {
+            const M none = f[p + i] == all<V>(1.0 / 0.0);
+            open[i] = as_number(none);
+            f[p + i] = none ? all<V>(1.0) : f[p + i];
+        }
+        if (d.lb && d.ub)  // an unknown without room, or less than none
+            for (long i = g; i < g + n; ++i)
+                pinned |= (f[p + i] + f[p + i + n] <= 0.0) & ~as_mask(open[i]) & ~as_mask(open[i + n]);
     }
 
     // Factor what belongs to the matrices; what all programs share once a thread and call.
@@ -145,25 +181,26 @@ class Group {
         }
         if (!old_rows) {
             if (p) read(E, d.A, d.step_A, p * n);
-            if (m) read(E + p * n, d.G, d.step_G, m * n);
+            if (g) read(E + p * n, d.G, d.step_G, g * n);
             if (any(no_rows))
-                for (long i = 0; i < m; ++i)
+                for (long i = 0; i < g; ++i)
                     for (long j = 0; j < n; ++j) E[(p + i) * n + j] = as_mask(open[i]) ? all<V>(0.0) : E[(p + i) * n + j];
-            for (long i = 0; i < rows; ++i) reach[i] = root(inner(E + i * n, E + i * n, n));
+            for (long i = 0; i < p + g; ++i) reach[i] = root(inner(E + i * n, E + i * n, n));
         }
         if (!old) {
-            for (long i = 0; i < rows * n; ++i) H[i] = E[i];
-            M definite = factorise<V, M>(tall, n, n, n + rows, old_q ? n : 0, inv_q, work, 1);
+            for (long i = 0; i < (p + g) * n; ++i) H[i] = E[i];
+            M definite = factorise<V, M>(tall, n, n, n + p + g, old_q ? n : 0, inv_q, work, 1);
             if (old_q) definite = as_mask(kept[DEFINITE]);
             kept[DEFINITE] = as_number(definite);
-            for (long i = 0; i < rows; ++i) {
+            if (form == BOUNDED && !old_q) invert();
+            for (long i = 0; i < (old_q ? p + g : rows); ++i) {
                 V* row = H + i * n;
                 const V size = root(inner(row, row, n));
                 touches[i] = size > 0.0 ? all<V>(1.0) : all<V>(0.0);
                 scale[i] = 1.0 / (size > 0.0 ? size : all<V>(1.0));
                 for (long j = 0; j < n; ++j) row[j] *= scale[i];
             }
-            if (narrow) {
+            if (form != WIDE) {
                 gram(S, p, H, n, p, n, false);
                 for (long i = p; i < rows && p; ++i) multiply(S + i * p, H, n, p, n, H + i * n);
             } else {
@@ -172,10 +209,8 @@ class Group {
             const V floor = all<V>(16.0 * p * EPS);
             const M independent = factorise<V, M>(S, lds, p, rows, 0, inv_eq, &floor, 0);
             kept[INDEPENDENT] = as_number(independent);
-            if (narrow)
-                slim.project(H, p, S, inv_eq, S + p * lds);
-            else
-                wide.project(S, p, rows);
+            if (form == WIDE) wide.project(S, p, rows);
+            if (form == NARROW) slim.project(H, p, S, inv_eq, S + p * lds);
             V high = all<V>(0.0), low = all<V>(1.0 / 0.0);
             pivots(tall, n, n, high, low);
             kept[SPREAD_Q] = high / low;
@@ -188,10 +223,24 @@ class Group {
         forward(tall, n, inv_q, n, half);
         free_norm = root(inner(half, half, n));
         multiply(violation, H, n, rows, n, half);
-        for (long i = 0; i < rows; ++i) {
-            const V side = scale[i] * f[i], away = violation[i] - side;
-            const V rounding = 32.0 * EPS * (magnitude(side) + touches[i] * free_norm);
-            violation[i] = magnitude(away) <= rounding ? all<V>(0.0) : away;
+        for (long i = 0; i < p + g; ++i) violation[i] = beyond(violation[i], scale[i] * f[i], touches[i] * free_norm);
+    }
+
+    V beyond(V place, V side, V length_) const {  // zero where it is only rounding
+        const V away = place - side, rounding = 32.0 * EPS * (magnitude(side) + length_);
+        return magnitude(away) <= rounding ? all<V>(0.0) : away;
+    }
+
+    // The rows of the identity times L⁻ᵀ, of which nothing is before the diagonal.
+    void invert() {
+        const V floor = all<V>(0.0);
+        constexpr long some = W == 1 ? LANES : 4;  // in the blocks of the factor
+        for (long i = 0; i < n; i += some) {
+            const long count = n - i < some ? n - i : some, place = n + p + g;  // of the row that belongs to i, from i on
+            V* const corner = tall + i * n + i;
+            for (long k = 0; k < count; ++k)
+                for (long j = 0; j < n; ++j) tall[(place + i + k) * n + j] = all<V>(j == i + k ? 1.0 : 0.0);
+            factorise<V, M>(corner, n, n - i, place + count, place, inv_q + i, &floor, 0);
         }
     }
 
@@ -199,9 +248,36 @@ class Group {
     static M as_mask(V number) { return number > 0.5; }
 
     // R + Θ of an iteration, and solves with it: for a first right-hand side, and for the sum of that and a second.
-    M factor(const V* theta, const V* inverse_theta) { return narrow ? slim.factor(inverse_theta) : wide.factor(theta); }
-    void solve(V* x, V* between) { narrow ? slim.solve(x, between) : wide.solve(x, between); }
-    void solve_sum(V* x, const V* between) { narrow ? slim.solve_sum(x, between) : wide.solve_sum(x, between); }
+    M factor(const V* theta, const V* inverse_theta) {
+        return form == WIDE ? wide.factor(theta) : form == NARROW ? slim.factor(inverse_theta) : boxed.factor(inverse_theta);
+    }
+    void solve(V* x, V* between) {
+        form == WIDE ? wide.solve(x, between) : form == NARROW ? slim.solve(x, between) : boxed.solve(x, between);
+    }
+    void solve_sum(V* x, const V* between) {
+        form == WIDE     ? wide.solve_sum(x, between)
+        : form == NARROW ? slim.solve_sum(x, between)
+                         : boxed.solve_sum(x, between);
+    }
+    void apply(V* to, const V* x) {  // R x
+        if (form == WIDE) return wide.image(to, x);
+        if (form == NARROW) return slim.image(to, x);
+        for (long i = 0; i < q; ++i) step[i] = i < g ? x[i] : all<V>(0.0);
+        for (const Side& side : sides)
+            for (long i = 0; i < side.count; ++i)
+                step[g + i] += as_mask(open[side.first + i]) ? all<V>(0.0) : side.sign * x[side.first + i];
+        multiply_transposed(work, H + p * n, n, q, n, step);
+        multiply(image, H + p * n, n, q, n, work);
+        if (p) {
+            multiply_transposed(spare, S + p * lds, lds, q, p, step);
+            multiply(step, S + p * lds, lds, q, p, spare);
+            for (long i = 0; i < q; ++i) image[i] -= step[i];
+        }
+        for (long i = 0; i < g; ++i) to[i] = image[i];
+        for (const Side& side : sides)
+            for (long i = 0; i < side.count; ++i)
+                to[side.first + i] = as_mask(open[side.first + i]) ? all<V>(0.0) : side.sign * image[g + i];
+    }
 
     void equalities_only() {
         for (long i = 0; i < rows; ++i) active[i] = all<V>(i < p ? 1.0 : 0.0);
@@ -210,16 +286,21 @@ class Group {
     void measure_violation() {  // of the inequalities at the minimum on the equalities, in units of the largest
         for (long i = 0; i < p; ++i) spare[i] = violation[i];
         forward(S, lds, inv_eq, p, spare);
-        multiply(w, S + p * lds, lds, m, p, spare);
+        multiply(step, S + p * lds, lds, q, p, spare);
         V worst = all<V>(0.0);
-        for (long i = 0; i < m; ++i) {
-            w[i] -= violation[p + i];
-            worst = largest(-w[i], worst);
-        }
+        for (long i = 0; i < g; ++i) w[i] = step[i] - violation[p + i];
+        for (const Side& side : sides)
+            for (long i = 0; i < side.count; ++i) {
+                const long j = side.first + i, row = p + g + i;
+                const V over = beyond(side.sign * violation[row], scale[row] * f[p + j], free_norm);
+                w[j] = as_mask(open[j]) ? all<V>(0.0) : side.sign * step[g + i] - over;
+            }
+        for (long i = 0; i < m; ++i) worst = largest(-w[i], worst);
         inside = worst <= 0.0;
         unit = worst > 0.0 ? worst : all<V>(1.0);
         const V shrink = 1.0 / unit;
         for (long i = 0; i < m; ++i) w[i] *= shrink;
+        for (long i = g; i < m; ++i) w[i] = as_mask(open[i]) ? all<V>(1.0) : w[i];
         stuck = all<V>(0.0) != all<V>(0.0);
     }
 
@@ -239,10 +320,7 @@ class Group {
             s[i] = largest(-d_lam[i], zero) + margin + (w[i] - near);
             lam[i] = largest(d_lam[i], zero) + margin * (margin / s[i]);
         }
-        if (narrow)
-            slim.image(off, lam);
-        else
-            wide.image(off, lam);
+        apply(off, lam);
         for (long i = 0; i < m; ++i) off[i] += w[i] - s[i];
     }
 
@@ -310,7 +388,18 @@ class Group {
             slacks = largest(s[i] < 1.0 ? s[i] : all<V>(1.0), slacks);
         }
         for (long i = 0; i < p; ++i) active[i] = all<V>(1.0);
-        for (long i = 0; i < m; ++i) active[p + i] = lam[i] * slacks > s[i] * duals ? all<V>(1.0) : all<V>(0.0);
+        for (long i = 0; i < g; ++i) active[p + i] = lam[i] * slacks > s[i] * duals ? all<V>(1.0) : all<V>(0.0);
+        for (long i = g; i < q; ++i) {  // of the sides of a bound the one that pulls more
+            V chosen = all<V>(0.0), most = chosen;
+            for (const Side& side : sides) {
+                if (!side.count) continue;
+                const long j = side.first + i - g;
+                const M held = (lam[j] * slacks > s[j] * duals) & (lam[j] > most) & ~as_mask(open[j]);
+                chosen = held ? all<V>(side.sign) : chosen;
+                most = held ? lam[j] : most;
+            }
+            active[p + i] = chosen;
+        }
     }
 
     // The factor of R on the active rows, those of each lane moved together: K, k x k. More rows than there is
@@ -322,20 +411,22 @@ class Group {
         for (int l = 0; l < W; ++l) {
             long k = 0;
             if (alive[l])
-                for (long i = 0; i < m; ++i)
-                    if (active[p + i][l] > 0.0 && k++ < hold) index[(k - 1) * W + l] = i;
+                for (long i = 0; i < q; ++i)
+                    if (active[p + i][l] != 0.0 && k++ < hold) index[(k - 1) * W + l] = i;
             if (k > hold) crowded[l] = -1, k = 0;
             sizes[l] = k;
             count = k > count ? k : count;
         }
         for (int l = 0; l < W; ++l)
             for (long k = sizes[l]; k < count; ++k) index[k * W + l] = -1;
-        if (narrow)
-            slim.template choose<W>(K, hold, index, count);
+        if (form == WIDE)
+            wide.template choose<W>(K, ldk, index, count);
+        else if (form == NARROW)
+            slim.template choose<W>(K, ldk, index, count);
         else
-            wide.template choose<W>(K, hold, index, count);
-        const V floor = all<V>(16.0 * m * EPS);
-        independent = factorise<V, M>(K, hold, count, count, 0, inv_k, &floor, 0) & ~crowded;
+            boxed.template choose<W>(K, ldk, index, count, H + p * n, S + p * lds);
+        const V floor = all<V>(16.0 * q * EPS);
+        independent = factorise<V, M>(K, ldk, count, count, 0, inv_k, &floor, 0) & ~crowded;
         return count;
     }
 
@@ -343,27 +434,40 @@ class Group {
     void schur_solve(V* x, long count) {
         forward(S, lds, inv_eq, p, x);
         if (p) {
-            multiply(spare, S + p * lds, lds, m, p, x);
-            for (long i = 0; i < m; ++i) x[p + i] -= spare[i];
+            multiply(spare, S + p * lds, lds, q, p, x);
+            for (long i = 0; i < q; ++i) x[p + i] -= spare[i];
         }
         for (long a = 0; a < count; ++a)
             for (int l = 0; l < W; ++l) {
                 const long long i = index[a * W + l];
                 compact[a][l] = i >= 0 ? x[p + i][l] : 0.0;
             }
-        forward(K, hold, inv_k, count, compact);
-        backward(K, hold, inv_k, count, compact);
-        for (long i = 0; i < m; ++i) x[p + i] = all<V>(0.0);
+        forward(K, ldk, inv_k, count, compact);
+        backward(K, ldk, inv_k, count, compact);
+        for (long i = 0; i < q; ++i) x[p + i] = all<V>(0.0);
         for (long a = 0; a < count; ++a)
             for (int l = 0; l < W; ++l) {
                 const long long i = index[a * W + l];
                 if (i >= 0) x[p + i][l] = compact[a][l];
             }
         if (p) {
-            multiply_transposed(spare, S + p * lds, lds, m, p, x + p);
+            multiply_transposed(spare, S + p * lds, lds, q, p, x + p);
             for (long i = 0; i < p; ++i) x[i] -= spare[i];
             backward(S, lds, inv_eq, p, x);
         }
+    }
+
+    void aim() {  // where bounds that are active hold their unknown
+        for (long i = 0; i < q - g; ++i) {
+            goal[i] = all<V>(0.0);
+            for (const Side& side : sides)
+                if (side.count)
+                    goal[i] = side.sign * active[p + g + i] > 0.0 ? side.sign * f[p + side.first + i] : goal[i];
+        }
+    }
+
+    void take_hold() {  // z is there to the last bit
+        for (long i = 0; i < q - g; ++i) z[i] = active[p + g + i] != 0.0 ? goal[i] : z[i];
     }
 
     void take_image() {  // of z and the duals: Qz + p + Eᵀy, Ez and the length of z
@@ -372,14 +476,20 @@ class Group {
         curvature = inner(gradient, z, n);
         length = root(largest(curvature, all<V>(0.0)));
         curve_size = pull_size = cost_size = all<V>(0.0);
-        multiply_transposed(work, E, n, rows, n, y);
+        multiply_transposed(work, E, n, p + g, n, y);
+        V held_size = all<V>(0.0);
+        for (long i = 0; i < q - g; ++i) {
+            held_size = largest(magnitude(y[p + g + i]), held_size);
+            work[i] += y[p + g + i];
+        }
         for (long i = 0; i < n; ++i) {
             curve_size = largest(magnitude(gradient[i]), curve_size);
             pull_size = largest(magnitude(work[i]), pull_size);
             cost_size = largest(magnitude(cost[i]), cost_size);
             gradient[i] += cost[i] + work[i];
         }
-        multiply(image, E, n, rows, n, z);
+        pull_size = largest(held_size, pull_size);
+        multiply(image, E, n, p + g, n, z);
     }
 
     V relative_residual() {
@@ -389,7 +499,7 @@ class Group {
         const V allowed = largest(length, 1e-5 * free_norm);
         V longest_dual = all<V>(0.0), negative = all<V>(0.0);
         for (long i = 0; i < rows; ++i) longest_dual = largest(magnitude(dual[i]), longest_dual);
-        for (long i = 0; i < rows; ++i) {
+        for (long i = 0; i < p + g; ++i) {
             const V gap = scale[i] * (image[i] - f[i]);
             const V terms = scale[i] * magnitude(f[i]) + touches[i] * allowed;
             V over = i < p ? magnitude(gap) : gap < 0.0 ? all<V>(0.0) : gap;
@@ -398,6 +508,16 @@ class Group {
             negative = largest(-dual[i], negative);
             result = worst(ratio(magnitude(dual[i] * gap), terms * longest_dual), result);
         }
+        for (const Side& side : sides)
+            for (long i = 0; i < side.count; ++i) {
+                const long j = side.first + i, row = p + g + i;
+                const M held = side.sign * active[row] > 0.0;
+                const V gap = as_mask(open[j]) ? all<V>(0.0) : scale[row] * (side.sign * z[i] - f[p + j]);
+                const V terms = scale[row] * magnitude(f[p + j]) + allowed, own = held ? side.sign * dual[row] : all<V>(0.0);
+                result = worst(ratio(gap < 0.0 ? all<V>(0.0) : gap, terms), result);
+                negative = largest(-own, negative);
+                result = worst(ratio(magnitude(own * gap), terms * longest_dual), result);
+            }
         return worst(ratio(negative, longest_dual), result);
     }
 
@@ -406,12 +526,19 @@ class Group {
         for (long i = 0; i < n; ++i) most = worst(magnitude(gradient[i]), most);
         V result = most / (size > 0.0 ? size : all<V>(1.0));
         const V distance = root(inner(z, z, n));
-        for (long i = 0; i < rows; ++i) {
+        for (long i = 0; i < p + g; ++i) {
             const V gap = image[i] - f[i];
             const V over = i < p ? magnitude(gap) : gap < 0.0 ? all<V>(0.0) : gap;
             const V size = magnitude(f[i]) + reach[i] * distance;
             result = worst(over / (size > 0.0 ? size : all<V>(1.0)), result);
         }
+        for (const Side& side : sides)
+            for (long i = 0; i < side.count; ++i) {
+                const long j = side.first + i;
+                const V gap = as_mask(open[j]) ? all<V>(0.0) : side.sign * z[i] - f[p + j];
+                const V size = magnitude(f[p + j]) + distance;
+                result = worst((gap < 0.0 ? all<V>(0.0) : gap) / (size > 0.0 ? size : all<V>(1.0)), result);
+            }
         return result;
     }
 
@@ -422,22 +549,26 @@ class Group {
         for (int round = 0; round < rounds && any(alive); ++round) {
             M independent;
             const long count = factorise_active(independent);
-            for (long i = 0; i < rows; ++i) dual[i] = violation[i];
+            aim();
+            for (long i = 0; i < p + g; ++i) dual[i] = violation[i];
+            for (long i = p + g; i < rows; ++i) dual[i] = beyond(violation[i], scale[i] * goal[i - p - g], free_norm);
             schur_solve(dual, count);
             multiply_transposed(z, H, n, rows, n, dual);
             for (long i = 0; i < n; ++i) z[i] = half[i] - z[i];
             backward(tall, n, inv_q, n, z);
+            take_hold();
             take_image();
             for (int k = 0; k < refine; ++k) {
                 for (long i = 0; i < n; ++i) gradient[i] = -gradient[i];
                 forward(tall, n, inv_q, n, gradient);
                 multiply(step, H, n, rows, n, gradient);
-                for (long i = 0; i < rows; ++i) step[i] -= active[i] * (scale[i] * (f[i] - image[i]));
+                for (long i = 0; i < p + g; ++i) step[i] -= active[i] * (scale[i] * (f[i] - image[i]));
                 schur_solve(step, count);
                 multiply_transposed(work, H, n, rows, n, step);
                 for (long i = 0; i < n; ++i) gradient[i] -= work[i];
                 backward(tall, n, inv_q, n, gradient);
                 for (long i = 0; i < n; ++i) z[i] += gradient[i];
+                take_hold();
                 for (long i = 0; i < rows; ++i) dual[i] += step[i];
                 take_image();
             }
@@ -454,12 +585,17 @@ class Group {
         const V zero = all<V>(0.0);
         const V reach_ = largest(length, free_norm);
         V dual_size = zero;
-        for (long i = 0; i < rows; ++i) {
+        for (long i = 0; i < p + g; ++i) {
             const V size = scale[i] * magnitude(f[i]) + touches[i] * reach_;
             dual_size = largest(largest(magnitude(dual[i]), active[i] * size), dual_size);
         }
+        for (long i = p + g; i < rows; ++i) {
+            const V size = scale[i] * magnitude(goal[i - p - g]) + reach_;
+            dual_size = largest(largest(magnitude(dual[i]), active[i] != 0.0 ? size : zero), dual_size);
+            corrected[i] = active[i];
+        }
         M wrong = all<V>(0.0) != all<V>(0.0), weak = wrong;
-        for (long i = p; i < rows; ++i) {
+        for (long i = p; i < p + g; ++i) {
             const V size = scale[i] * magnitude(f[i]) + touches[i] * reach_;
             const V slack = scale[i] * (f[i] - image[i]);
             const M held = active[i] > 0.0;
@@ -468,6 +604,17 @@ class Group {
             wrong |= leave | enter;
             weak |= (magnitude(dual[i]) <= WEAK * dual_size) & (magnitude(slack) <= WEAK * size);
         }
+        for (const Side& side : sides)
+            for (long i = 0; i < side.count; ++i) {
+                const long j = side.first + i, row = p + g + i;
+                const M held = side.sign * active[row] > 0.0, there = ~as_mask(open[j]);
+                const V size = scale[row] * magnitude(f[p + j]) + reach_, slack = scale[row] * (f[p + j] - side.sign * z[i]);
+                const M leave = held & (side.sign * dual[row] < -sign_tol * dual_size);
+                const M enter = there & (active[row] == 0.0) & (slack < -sign_tol * size);
+                corrected[row] = leave ? zero : enter ? all<V>(side.sign) : corrected[row];
+                wrong |= leave | enter;
+                weak |= there & (magnitude(dual[row]) <= WEAK * dual_size) & (magnitude(slack) <= WEAK * size);
+            }
         weakly = as_number(weak);
         residual_ = relative_residual();
         const V allowed = all<V>(task.tol < BEST ? task.tol : BEST);
@@ -478,14 +625,15 @@ class Group {
         V condition = largest(kept[SPREAD_Q], kept[SPREAD_EQ]);
         if (m) {
             V high = all<V>(0.0), low = all<V>(1.0 / 0.0);
-            pivots(K, hold, count, high, low);
-            const M some_out = number_active() < all<V>(double(m));  // ones on the diagonal of what is inactive
+            pivots(K, ldk, count, high, low);
+            const M some_out = number_active() < all<V>(double(q));  // ones on the diagonal of what is inactive
             high = some_out ? largest(high, all<V>(1.0)) : high;
             low = some_out & (low > 1.0) ? all<V>(1.0) : low;
             condition = largest(high / low, condition);
         }
         accepted &= condition <= STEEP;
-        for (long i = p; i < rows; ++i) dual[i] = dual[i] < 0.0 ? all<V>(0.0) : dual[i];
+        for (long i = p; i < p + g; ++i) dual[i] = dual[i] < 0.0 ? all<V>(0.0) : dual[i];
+        for (long i = p + g; i < rows; ++i) dual[i] = dual[i] * active[i] > 0.0 ? dual[i] : all<V>(0.0);
         for (long i = 0; i < rows; ++i) y[i] = scale[i] * dual[i];
         V residual = residual_;
         if (sizeof(T) < 8) {
@@ -496,16 +644,27 @@ class Group {
             accepted &= sum == 0.0;  // too large for the type of the data
         }
         const V value = 0.5 * curvature + inner(cost, z, n);
-        for (long i = 0; i < m; ++i) spare[i] = as_mask(open[i]) ? all<V>(1.0 / 0.0) : f[p + i] - image[p + i];
+        for (long i = 0; i < g; ++i) spare[i] = as_mask(open[i]) ? all<V>(1.0 / 0.0) : f[p + i] - image[p + i];
+        for (long i = 0; i < q - g; ++i) {
+            const V side = active[p + g + i];
+            gradient[i] = side < 0.0 ? all<V>(1.0) : all<V>(0.0);
+            work[i] = side > 0.0 ? all<V>(1.0) : all<V>(0.0);
+        }
+        for (long i = 0; i < rows; ++i) step[i] = magnitude(active[i]);
         for (int l = 0; l < W; ++l) {
             if (!accepted[l]) continue;
             const long b = first + l;
             store<W, T>(reinterpret_cast<T*>(task.z) + b * n, z, l, n);
             store<W, T>(reinterpret_cast<T*>(task.nu) + b * p, y, l, p);
-            store<W, T>(reinterpret_cast<T*>(task.lam) + b * m, y + p, l, m);
-            store<W, T>(reinterpret_cast<T*>(task.s) + b * m, spare, l, m);
+            store<W, T>(reinterpret_cast<T*>(task.lam) + b * g, y + p, l, g);
+            store<W, T>(reinterpret_cast<T*>(task.s) + b * g, spare, l, g);
+            if (form == BOUNDED) {
+                store<W, T>(reinterpret_cast<T*>(task.bound) + b * n, y + p + g, l, n);
+                store<W, T>(reinterpret_cast<T*>(task.pull_lb) + b * n, gradient, l, n);
+                store<W, T>(reinterpret_cast<T*>(task.pull_ub) + b * n, work, l, n);
+            }
             reinterpret_cast<T*>(task.value)[b] = static_cast<T>(value[l]);
-            store<W, double>(task.active + b * rows, active, l, rows);
+            store<W, double>(task.active + b * rows, step, l, rows);
             reinterpret_cast<T*>(task.residual)[b] = static_cast<T>(residual[l]);
             reinterpret_cast<T*>(task.condition)[b] = static_cast<T>(condition[l]);
             task.iterations[b] = static_cast<long long>(iterations[l]);
@@ -517,7 +676,7 @@ class Group {
 
     V number_active() const {
         V sum = all<V>(0.0);
-        for (long i = p; i < rows; ++i) sum += active[i];
+        for (long i = p; i < rows; ++i) sum += magnitude(active[i]);
         return sum;
     }
 
@@ -547,9 +706,9 @@ class Group {
 
     void write_rows(long at, int lane) {
         write_lower(task.chol_eq + at * p * p, S, lds, p, lane);
-        double* across = task.across + at * p * m;
+        double* across = task.across + at * p * q;
         for (long i = 0; i < p; ++i)
-            for (long j = 0; j < m; ++j) across[i * m + j] = S[(p + j) * lds + i][lane];
+            for (long j = 0; j < q; ++j) across[i * q + j] = S[(p + j) * lds + i][lane];
         store<W, double>(task.scale + at * rows, scale, lane, rows);
     }
 
@@ -558,14 +717,14 @@ class Group {
         if (!(share_q && share_rows)) write_rows(b, lane);
         double* to = task.chol_ineq + b * hold * hold;
         for (long i = 0; i < hold * hold; ++i) to[i] = 0.0;
-        if (narrow) return write_compact(to, lane, count);
-        for (long i = 0; i < m; ++i)
-            if (!(active[p + i][lane] > 0.0)) to[i * m + i] = 1.0;
+        if (hold < q) return write_compact(to, lane, count);
+        for (long i = 0; i < q; ++i)
+            if (active[p + i][lane] == 0.0) to[i * q + i] = 1.0;
         const double* in = reinterpret_cast<const double*>(K);
         for (long a = 0; a < count; ++a) {
             const long long i = index[a * W + lane];
             if (i < 0) break;
-            for (long c = 0; c <= a; ++c) to[i * m + index[c * W + lane]] = in[(a * hold + c) * W + lane];
+            for (long c = 0; c <= a; ++c) to[i * q + index[c * W + lane]] = in[(a * ldk + c) * W + lane];
         }
     }
 
@@ -574,7 +733,7 @@ class Group {
         for (long a = 0; a < hold; ++a) {
             to[a * hold + a] = 1.0;
             if (a < count && index[a * W + lane] >= 0)
-                for (long c = 0; c <= a; ++c) to[a * hold + c] = in[(a * hold + c) * W + lane];
+                for (long c = 0; c <= a; ++c) to[a * hold + c] = in[(a * ldk + c) * W + lane];
         }
     }
 };

@@ -94,7 +94,7 @@ def at_the_door(
     A, b, G, h = checks.constraint_rows(tensors, p, "Q")
     bounds = {name: (tensors[name], 1) for name in ("lb", "ub") if name in tensors}
     batch = checks.batch_shape(Q=(Q, 2), p=(p, 1), A=(A, 2), b=(b, 1), G=(G, 2), h=(h, 1), **bounds)
-    later = later and compiled.fits(Q, A, G)
+    later = later and compiled.fits(Q, A, G, bool(bounds))
     checked = read and not later and checks.readable(*tensors.values())
     if checked:  # here, where an index is one of the caller's own tensor
         refuse_values(tensors)

@@ -290,7 +290,7 @@ def _pulled_back(
     shapes: Sequence[torch.Size],
 ) -> Sequence[Tensor | None]:
     """From gradients of z, ν, λ and the dual of the bounds to those of the data: one solve."""
-    quick = _solved_by_the_kernel(settings, matrices, outcome, grads[:3], needs, shapes)
+    quick = _solved_by_the_kernel(settings, matrices, outcome, grads, needs, shapes)
     if quick is not None:
         return quick
     good = outcome.converged.unsqueeze(-1)
@@ -318,11 +318,14 @@ def _solved_by_the_kernel(
 ) -> list[Tensor | None] | None:
     """The gradients of all data by the compiled kernel, where it may be used and nothing is degenerate."""
     z, nu, lam, bound = outcome[:4]
-    if settings.solver.backend == "torch" or settings.gradient == "smoothed" or bound.shape[-1]:
+    if settings.solver.backend == "torch" or settings.gradient == "smoothed":
         return None
     if len(outcome.factor) != len(quadratic.EVENT_NDIM) or torch.is_grad_enabled() or transforms.in_forward_mode():
         return None
-    if not outcome.status.numel() or not compiled.fits(*matrices):
+    held = bound.shape[-1]
+    if not outcome.status.numel() or not compiled.fits(*matrices, bool(held)):
+        return None
+    if outcome.factor[-1].shape[-1] != nu.shape[-1] + lam.shape[-1] + held:  # bounds that are none
         return None
     if not checks.plain(*matrices, z, *(grad for grad in grads if grad is not None)):
         return None
@@ -335,22 +338,23 @@ def _solved_by_the_kernel(
         quadratic.Factor(*outcome.factor),
         outcome.degenerate,
         outcome.converged,
-        (*which, needs[1]),
+        (*which, needs[1], needs[6] and bool(held), needs[7] and bool(held)),
+        outcome.pull_ub if held else None,
     )
     if adjoint is None:
         return None
-    (v_z, v_nu, v_lam), (grad_Q, grad_A, grad_G, grad_p) = adjoint
+    (v_z, v_nu, v_lam), (grad_Q, grad_A, grad_G, grad_p, grad_lb, grad_ub) = adjoint
     own = [grad_Q, grad_A, grad_G]
     shared = [need and grad is None for need, grad in zip(which, own, strict=True)]
     if any(shared):
         summed = _matrix_gradients((v_z, v_nu, v_lam), (z, nu, lam), shared, matrices)
         own = [grad if new is None else new for grad, new in zip(own, summed, strict=True)]
-    vectors = ((1, grad_p), (3, v_nu), (5, v_lam))
-    grad_p, grad_b, grad_h = (
+    vectors = ((1, grad_p), (3, v_nu), (5, v_lam), (6, grad_lb), (7, grad_ub))
+    grad_p, grad_b, grad_h, grad_lb, grad_ub = (
         _summed(vector, shapes[i]) if needs[i] and vector is not None else None for i, vector in vectors
     )
     grad_Q, grad_A, grad_G = own
-    return [grad_Q, grad_p, grad_A, grad_b, grad_G, grad_h, None, None]
+    return [grad_Q, grad_p, grad_A, grad_b, grad_G, grad_h, grad_lb, grad_ub]
 
 
 def _summed(vector: Tensor, shape: torch.Size) -> Tensor:

@@ -180,41 +180,54 @@ def settled_by_the_kernel(settings: Settings, program: Program, batch: torch.Siz
     solver, dtype = settings.solver, p.dtype
     if solver.backend == "torch" or not settings.synchronises or solver.form == "condensed" or settings.elastic:
         return None
-    if settings.gradient == "smoothed" or lb is not None or ub is not None:
+    if settings.gradient == "smoothed":
         return None
     if dtype == torch.float32 and solver.precision == "native":
         return None
-    data = (Q, p, A, b, G, h)
-    if not compiled.fits(Q, A, G) or not batch.numel() or not (settings.plain or checks.plain(*data)):
+    data, bounds = (Q, p, A, b, G, h), [bound for bound in (lb, ub) if bound is not None]
+    if not compiled.fits(Q, A, G, bool(bounds)) or not batch.numel():
         return None
-    start = None if settings.begin is None else settings.begin.active
-    return compiled.solve(batch, data, tol=solver.tolerance(dtype), max_iter=solver.max_iter, start=start)
+    if not (settings.plain or checks.plain(*data, *bounds)):
+        return None
+    begin = settings.begin
+    start = None if begin is None else torch.cat(begin, dim=-1) if bounds else begin.active
+    return compiled.solve(
+        batch, data, bounds=(lb, ub), tol=solver.tolerance(dtype), max_iter=solver.max_iter, start=start
+    )
 
 
 def _outcome(settled: compiled.Settled, factor: bool) -> Outcome:
     """The outcome where every problem is settled."""
-    z, nu, lam = settled[:3]
-    status = torch.zeros_like(settled.weak)
-    active = settled.factor.active
-    made = tuple(settled.factor) if factor else (active, torch.zeros_like(z, dtype=active.dtype))
+    z, nu, lam, bound, s, value, pull_lb, pull_ub, *_ = settled
+    if not bound.shape[-1]:  # autograd wants each output to be its own
+        pull_lb, pull_ub = bound.clone(), bound.clone()
     return Outcome(
         z,
         nu,
         lam,
-        z.new_empty(*z.shape[:-1], 0),
-        settled.s,
-        settled.value,
-        z.new_empty(*z.shape[:-1], 0),
-        z.new_empty(*z.shape[:-1], 0),
+        bound,
+        s,
+        value,
+        pull_lb,
+        pull_ub,
         settled.weak,
         settled.condition,
-        status,
+        torch.zeros_like(settled.weak),
         settled.done,
         settled.iterations,
         settled.residual,
         (),
-        made,
+        tuple(settled.factor) if factor else tuple(_active_set(settled)),
     )
+
+
+def _active_set(settled: compiled.Settled) -> ActiveSet:
+    """What is active, in the dtype of the factor."""
+    active = settled.factor.active
+    if not settled.bound.shape[-1]:
+        return ActiveSet(active, torch.zeros_like(settled.z, dtype=active.dtype))
+    rows = settled.nu.shape[-1] + settled.lam.shape[-1]
+    return ActiveSet(active[..., :rows].contiguous(), (settled.pull_ub - settled.pull_lb).to(active.dtype))
 
 
 def _solve_the_rest(
@@ -227,14 +240,16 @@ def _solve_the_rest(
         return tensor.reshape(count, *tensor.shape[len(batch) :])
 
     z, y = flat(settled.z).to(data.p.dtype), flat(torch.cat([settled.nu, settled.lam], dim=-1)).to(data.p.dtype)
-    done, zero = flat(settled.done), torch.zeros_like(z)
+    done = flat(settled.done)
+    active, fixed = map(flat, _active_set(settled))
+    bound = flat(settled.bound).to(z) if settled.bound.shape[-1] else torch.zeros_like(z)
     info = SolveInfo(flat(torch.zeros_like(settled.weak)), done, flat(settled.iterations), flat(settled.residual).to(z))
     factor = quadratic.Factor(
         *(quadratic.unexpand(t, k, batch) for t, k in zip(settled.factor, quadratic.EVENT_NDIM, strict=True))
-    ).whole()
-    result = QPResult(
-        z, y, zero, flat(settled.factor.active), zero, factor, flat(settled.weak), flat(settled.condition).to(z), info
     )
+    if not settled.bound.shape[-1]:  # with bounds all go on in the other form
+        factor = factor.whole()
+    result = QPResult(z, y, bound, active, fixed.to(z), factor, flat(settled.weak), flat(settled.condition).to(z), info)
     index = done.logical_not().nonzero().squeeze(-1)
     part = data.take(index)
     some = settings if settings.begin is None else settings._replace(begin=settings.begin.take(index))
@@ -348,9 +363,12 @@ def solve_kkt(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
             kind, _ = _FACTORS[len(parts)]
             form, made = (quadratic if kind is quadratic.Factor else condensed), kind(*parts)
         held = right_bound if right_bound.shape[-1] else None
+        if form is quadratic and held is not None and parts[-1].shape[-1] > E.shape[-2]:  # bounds are rows here
+            eye = torch.eye(Q.shape[-1], dtype=compute, device=Q.device).unsqueeze(0)
+            E, right_y, held = stack_rows(E, eye), torch.cat([right_y, held], dim=-1), None
         u_z, u_y, u_bound = form.solve(made, Q, E, right_z, right_y, held, refine, project=project)
         if held is None:
-            u_bound = u_bound[:, :0]
+            u_y, u_bound = u_y.split([n_eq + r_lam.shape[-1], right_bound.shape[-1]], dim=-1)
     u_nu, u_lam = u_y.to(dtype).reshape(*batch, u_y.shape[-1]).split([n_eq, r_lam.shape[-1]], dim=-1)
     return (
         u_z.to(dtype).reshape(r_z.shape).clone(),

@@ -87,7 +87,8 @@ def solve_qp(
               ConvergenceError: the KKT residual stayed above the solver's tolerance.
               UnsupportedError: a second derivative of "smoothed".
     Cost:     time O(k (m n² + n³)) or, for positive definite Q without bounds and m < 2n rows, O(n³ + n²m + k m³) a
-              problem, k ≈ 10 factorisations. Memory for backward O(n² + m² + n m), whatever the iterations.
+              problem, k ≈ 10 factorisations; a bound adds to a diagonal only. Memory for backward O(n² + m² + n m),
+              whatever the iterations.
     Source:   Amos & Kolter (2017), OptNet, arXiv:1703.00443; Mehrotra (1992); Pougkakiotis & Gondzio (2021),
               arXiv:1904.10369.
 

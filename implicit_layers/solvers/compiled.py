@@ -1,9 +1,10 @@
 """The compiled solver for small and medium dense programs on the CPU, several programs side by side.
 
 Its steps are those of `dual_path` and `active_set`, for the whole of a program at a time, in the cache, one program in
-each lane of the processor's registers, the programs of a batch shared by threads. It settles what those steps settle
-and leaves all others to the general solvers. It is there when the package was built with a C++ compiler. The
-environment variable IMPLICIT_LAYERS_KERNEL, read at import, takes a lesser one: "avx2", "basic" or "none".
+each lane of the processor's registers, the programs of a batch shared by threads. Bounds are rows of the identity,
+which nobody writes down. It settles what those steps settle and leaves all others, fixed unknowns among them, to the
+general solvers. It is there when the package was built with a C++ compiler. The environment variable
+IMPLICIT_LAYERS_KERNEL, read at import, takes a lesser one: "avx2", "basic" or "none".
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ except ImportError:  # built without a compiler
 _MOST_UNKNOWNS = 160  # beyond which a program no longer fits the cache, and the libraries behind PyTorch are faster
 _MOST_ROWS = 200
 _MOST_ENTRIES = 40_000  # of the rows' matrix, where there are more of them
-_NARROW = 2.0  # inequalities for each unknown from which an iteration factors a matrix of the unknowns' size
+_MANY = 2.0  # inequalities for each unknown from which an iteration factors a matrix of the unknowns' size
 _VECTORS = (0, 1, 0, 1, 0, 1)
+_WIDE, _NARROW, _BOUNDED = range(3)  # the forms of the iteration, see csrc
 
 
 class Settled(NamedTuple):
@@ -38,9 +40,12 @@ class Settled(NamedTuple):
     z: Tensor  # (*B, n)
     nu: Tensor  # (*B, n_eq)
     lam: Tensor  # (*B, n_ineq)
+    bound: Tensor  # (*B, n) λ_ub − λ_lb, or (*B, 0) without bounds
     s: Tensor  # (*B, n_ineq)
     value: Tensor  # (*B,)
-    factor: quadratic.Factor  # float64, each (*B, ...); the active rows are among its fields
+    pull_lb: Tensor  # like `bound`: 1 where the lower bound holds the unknown
+    pull_ub: Tensor  # like `bound`: 1 where the upper bound does
+    factor: quadratic.Factor  # float64, each (*B, ...); with bounds on the rows (A, G, identity)
     weak: Tensor  # (*B,) int8
     condition: Tensor  # (*B,)
     iterations: Tensor  # (*B,) int64
@@ -70,30 +75,45 @@ def required() -> None:
         )
 
 
-def fits(Q: Tensor, A: Tensor, G: Tensor) -> bool:
-    """Tell whether the kernel is there and made for programs of that kind."""
+def fits(Q: Tensor, A: Tensor, G: Tensor, bounded: bool = False) -> bool:
+    """Tell whether the kernel is there and made for programs of that kind; bounds count as a row an unknown."""
     n, n_eq, n_ineq = Q.shape[-1], A.shape[-2], G.shape[-2]
     if _kernel is None or n > _MOST_UNKNOWNS or Q.numel() == 0:
         return False
-    rows = n_eq + n_ineq
-    if rows > _MOST_ROWS and (_room(n, n_ineq) == n_ineq or n_eq > n or rows * n > _MOST_ENTRIES):
+    rows = n_eq + n_ineq + n * bounded
+    if rows > _MOST_ROWS and (_form(n, n_ineq, bounded) == _WIDE or n_eq > n or rows * n > _MOST_ENTRIES):
         return False
     return Q.is_cpu and Q.dtype in (torch.float32, torch.float64)
 
 
-def _room(n: int, n_ineq: int) -> int:
-    """Say how many active inequalities the factors have room for: all, or where they are many as many as unknowns."""
-    return n if n_ineq >= _NARROW * n and n_ineq > n else n_ineq
+def _form(n: int, n_ineq: int, bounded: bool) -> int:
+    """Choose what an iteration factors: a matrix of the size of the rows, or of the unknowns."""
+    if bounded:
+        return _BOUNDED
+    return _NARROW if n_ineq >= _MANY * n and n_ineq > n else _WIDE
 
 
 def solve(
-    batch: torch.Size, data: Sequence[Tensor], *, tol: float, max_iter: int, start: Tensor | None = None
+    batch: torch.Size,
+    data: Sequence[Tensor],
+    *,
+    bounds: tuple[Tensor | None, Tensor | None] = (None, None),
+    tol: float,
+    max_iter: int,
+    start: Tensor | None = None,
 ) -> Settled:
-    """Solve a batch of programs Q, p, A, b, G, h, each (*B or 1s, ...); `start`: active rows to try first, (N, m)."""
+    """Solve a batch of programs Q, p, A, b, G, h with bounds (lb, ub), each (*B or 1s, ...).
+
+    `start`: active rows to try first, (N, m), and with bounds +1 at ub, -1 at lb behind them, (N, m + n).
+    """
     Q, _, A, _, G, _ = data
     count, n, n_eq, n_ineq = batch.numel(), Q.shape[-1], A.shape[-2], G.shape[-2]
-    hold = _room(n, n_ineq)
+    bounded = any(bound is not None for bound in bounds)
+    held = n if bounded else 0
+    rows = n_ineq + held
+    hold = min(rows, max(n - n_eq, 0))  # more rows are not independent
     kept = [_flat(tensor, 2 - vector, batch) for tensor, vector in zip(data, _VECTORS, strict=True)]
+    sides = [(None, 0) if bound is None else _flat(bound, 1, batch) for bound in bounds]
     shared_q = kept[0][1] == 0
     shared = shared_q and (n_eq == 0 or kept[2][1] == 0) and (n_ineq == 0 or kept[4][1] == 0)
     own = (1,) * len(batch)
@@ -101,36 +121,40 @@ def solve(
     double = torch.float64
     z, nu, lam = Q.new_empty(*batch, n), Q.new_empty(*batch, n_eq), Q.new_empty(*batch, n_ineq)
     s, value = Q.new_empty(*batch, n_ineq), Q.new_empty(batch)
+    bound = Q.new_empty(*batch, held)
+    pull_lb, pull_ub = (torch.empty_like(bound), torch.empty_like(bound)) if bounded else (bound, bound)
     residual, condition = torch.empty_like(value), torch.empty_like(value)
     # sizes one by one, which PyTorch reads in half the time; like Q, since the user's default device may be another
     chol_q = Q.new_empty(*of_q, n, n, dtype=double)
     chol_eq = Q.new_empty(*of_rows, n_eq, n_eq, dtype=double)
-    across = Q.new_empty(*of_rows, n_eq, n_ineq, dtype=double)
+    across = Q.new_empty(*of_rows, n_eq, rows, dtype=double)
     chol_ineq = Q.new_empty(*batch, hold, hold, dtype=double)
-    scale = Q.new_empty(*of_rows, n_eq + n_ineq, dtype=double)
-    active = Q.new_empty(*batch, n_eq + n_ineq, dtype=double)
+    scale = Q.new_empty(*of_rows, n_eq + rows, dtype=double)
+    active = Q.new_empty(*batch, n_eq + rows, dtype=double)
     iterations = torch.empty_like(value, dtype=torch.int64)
     weak, done = torch.empty_like(value, dtype=torch.int8), torch.empty_like(value, dtype=torch.bool)
     start = None if start is None else start.contiguous()
     settled = _kernel.solve(
         Q.dtype == torch.float32,
         torch.get_num_threads(),
-        *(count, n, n_eq, n_ineq, hold),
+        *(count, n, n_eq, n_ineq, hold, _form(n, n_ineq, bounded)),
         *[tensor.data_ptr() for tensor, _ in kept],
-        *[step for _, step in kept],
+        *[0 if side is None else side.data_ptr() for side, _ in sides],
+        *[step for _, step in (*kept, *sides)],
         0 if start is None else start.data_ptr(),
         tol,
         min(max_iter, 2**31),
-        *[t.data_ptr() for t in (z, nu, lam, s, value, residual, condition)],
+        *[t.data_ptr() for t in (z, nu, lam, bound, s, value, pull_lb, pull_ub, residual, condition)],
         *[t.data_ptr() for t in (chol_q, chol_eq, across, chol_ineq, scale, active, iterations, weak, done)],
     )
     if shared_q:
         chol_q = chol_q.expand(*batch, n, n)
     if shared:
-        chol_eq, across = chol_eq.expand(*batch, n_eq, n_eq), across.expand(*batch, n_eq, n_ineq)
-        scale = scale.expand(*batch, n_eq + n_ineq)
+        chol_eq, across = chol_eq.expand(*batch, n_eq, n_eq), across.expand(*batch, n_eq, rows)
+        scale = scale.expand(*batch, n_eq + rows)
     factor = quadratic.Factor(chol_q, chol_eq, across, chol_ineq, scale, active)
-    return Settled(z, nu, lam, s, value, factor, weak, condition, iterations, residual, done, settled)
+    point = (z, nu, lam, bound, s, value, pull_lb, pull_ub)
+    return Settled(*point, factor, weak, condition, iterations, residual, done, settled)
 
 
 def adjoint(
@@ -142,10 +166,13 @@ def adjoint(
     degenerate: Tensor,
     converged: Tensor,
     wanted: Sequence[bool],
+    pull_ub: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]] | None:
-    """Solve K v = g and form the gradients of Q, A and G that are wanted and not shared by the batch.
+    """Solve K v = g and form the gradients that are wanted, those of Q, A and G where the batch does not share them.
 
-    Returns: v_z, v_nu, v_lam; the gradients of Q, A, G, p. None where a problem failed or is degenerate.
+    `grads` are those of z, ν, λ and the dual of the bounds; with bounds `pull_ub` tells which holds an unknown.
+
+    Returns: v_z, v_nu, v_lam; the gradients of Q, A, G, p, lb, ub. None where a problem failed or is degenerate.
     """
     Q, A, G = matrices
     count, n, n_eq, n_ineq = batch.numel(), Q.shape[-1], A.shape[-2], G.shape[-2]
@@ -158,25 +185,28 @@ def adjoint(
         Q.new_empty(*batch, *matrix.shape[-2:]) if want and matrix.shape[:-2] == batch else None
         for want, matrix in zip(wanted, matrices, strict=False)
     ]
-    of_p = torch.empty_like(point[0]) if wanted[3] else None
+    own += [torch.empty_like(point[0]) if want else None for want in wanted[3:]]
+    bounded = pull_ub is not None
+    held = pull_ub.contiguous() if pull_ub is not None else None
     (q, step_q), (a, step_a), (g, step_g) = kept
     zero = 0
     good = _kernel.adjoint(
         Q.dtype == torch.float32,
         torch.get_num_threads(),
-        *(count, n, n_eq, n_ineq, factor.chol_ineq.shape[-1]),
-        *(q.data_ptr(), zero, a.data_ptr(), zero, g.data_ptr(), zero),
-        *(step_q, zero, step_a, zero, step_g, zero),
+        *(count, n, n_eq, n_ineq, factor.chol_ineq.shape[-1], _form(n, n_ineq, bounded)),
+        *(q.data_ptr(), zero, a.data_ptr(), zero, g.data_ptr(), zero, zero, zero),
+        *(step_q, zero, step_a, zero, step_g, zero, zero, zero),
         *[t.data_ptr() for t, _ in parts],
         *(parts[0][1], parts[1][1], parts[2][1], parts[4][1]),
         *[t.data_ptr() for t in point],
+        zero if held is None else held.data_ptr(),
         *[zero if t is None else t.data_ptr() for t, _ in rights],
         *[step for _, step in rights],
         *[t.data_ptr() for t in v],
-        *[zero if t is None else t.data_ptr() for t in (*own, of_p)],
+        *[zero if t is None else t.data_ptr() for t in own],
         *(degenerate.data_ptr(), converged.data_ptr()),
     )
-    return (v, [*own, of_p]) if good else None
+    return (v, own) if good else None
 
 
 def _flat(tensor: Tensor, event_ndim: int, batch: torch.Size) -> tuple[Tensor, int]:

@@ -62,7 +62,8 @@ class QPResult(NamedTuple):
             return old.index_copy(0, index, new.to(old.dtype))
 
         z, y, bound, active, fixed = (merge(a, b) for a, b in zip(self[:5], part[:5], strict=True))
-        if isinstance(self.factor, quadratic.Factor) and isinstance(part.factor, quadratic.Factor):
+        alike = self.factor.active.shape[-1] == part.factor.active.shape[-1]  # bounds are rows of some
+        if alike and isinstance(self.factor, quadratic.Factor) and isinstance(part.factor, quadratic.Factor):
             factor: quadratic.Factor | condensed.Factor = self.factor.put(self.z.shape[0], index, part.factor)
         else:
             factor = condensed.factorise(data, active, fixed, ask=True)
@@ -107,7 +108,8 @@ class InteriorPoint:
 
     Raises: ArgumentError, ArgumentTypeError: a setting is out of its range.
     Cost:   an iteration is one Cholesky factorisation of an (n_ineq, n_ineq) matrix a program in the dual form, of an
-            (n, n) matrix in the condensed form, and a host synchronisation every `check_every`.
+            (n, n) matrix in the condensed form, and in the kernel where there are bounds; and a host synchronisation
+            every `check_every`.
     """
 
     tol: float | None = None

@@ -584,3 +584,25 @@ def test_a_contradiction_that_takes_long_leaves_its_neighbours_alone():
     assert info.status.tolist() == [0, int(il.Status.INFEASIBLE), 0]
     for i in (0, 2):
         torch.testing.assert_close(x[i], il.entropic_lp(c, A=A, b=b[i]).value, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("slack", ["hard", "entropic"])
+@pytest.mark.parametrize("ratio", [1e4, 1e8, 1e12])
+def test_every_row_is_met_relative_to_its_own_size(ratio, slack):
+    b = torch.tensor([1 / ratio, 1.0, ratio], dtype=DOUBLE)
+    x = il.entropic_lp(torch.zeros(3, dtype=DOUBLE), A=torch.eye(3, dtype=DOUBLE), b=b, slack=slack).value
+    torch.testing.assert_close(x, b, rtol=1e-9, atol=0)
+    c = normal(41)(6)
+    A = torch.zeros(2, 6, dtype=DOUBLE)
+    A[0, :3], A[1, 3:] = 1.0, 1.0
+    x = il.entropic_lp(c, A=A, b=b[[0, 2]], slack=slack).value
+    torch.testing.assert_close(x[:3], c[:3].softmax(-1) / ratio, rtol=1e-9, atol=0)
+    torch.testing.assert_close(x[3:], c[3:].softmax(-1) * ratio, rtol=1e-9, atol=0)
+
+
+def test_a_small_row_beside_a_large_one_that_shares_its_entries():
+    A, b = torch.eye(3, dtype=DOUBLE), torch.tensor([1e-8, 1.0, 1e8], dtype=DOUBLE)
+    A[2] = 1.0
+    x, info = il.entropic_lp(torch.zeros(3, dtype=DOUBLE), A=A, b=b)
+    torch.testing.assert_close(x[:2], b[:2], rtol=1e-9, atol=0)
+    assert info.residual <= 1e-12

@@ -40,7 +40,7 @@ _HOPELESS = 200  # iterations after which a problem is given up that asks for mo
 _DAMPING = 1e-2  # curvature lent to entries at their bounds, relative to the residual and to that without bounds
 _SMALL = 1e-3  # residual from which on a smaller one is progress, whatever rounding makes of the objective
 _TRIALS = 40  # of the line search
-_FLOOR = 1e-5  # rows smaller than this, next to the largest row of the problem, are judged by it
+_FLOOR = 1e-5  # rows smaller than this, next to the largest that they share entries with, are judged by it
 _PROOF = 1e-10  # relative size from which on a gap is a contradiction and not rounding
 _FAR = 1e8  # an entry this many times larger than the right-hand sides of its rows is none
 _ABSOLUTE = 1e-8  # the most that a row of entries up to one may be off, relative to 1 + |f|, however large x is
@@ -142,9 +142,10 @@ class Programs(NamedTuple):
         lent = weight if self.usual is None else torch.where(possible, torch.maximum(weight, self.usual), 0.0)
         return Point(x, weight, torch.zeros_like(eta), excess, size, (self.f * eta).sum(-1) + potential.sum(-1), lent)
 
-    def residual(self, point: Point, eta: Tensor) -> Tensor:  # (N,)
+    def residual(self, point: Point, eta: Tensor, sizes: Sizes) -> Tensor:  # (N,)
         """Measure the largest violation, row by row relative to the terms of the row."""
-        size = torch.maximum(point.size, _FLOOR * point.size.amax(-1, keepdim=True))
+        largest = torch.minimum(point.size.amax(-1, keepdim=True), sizes.rows)
+        size = torch.maximum(point.size, torch.minimum(_FLOOR * largest, 1 + self.f.abs()))  # as in `broken`
         relative = point.excess / size.clamp(min=torch.finfo(size.dtype).tiny)
         if not self.entropic:  # an inequality with slack must have no dual; the dual is in the unit of log x
             relative = torch.where(self.inequality() & (relative < 0), torch.minimum(-relative, eta), relative)
@@ -252,15 +253,15 @@ class DualNewton:
         eta, gamma = torch.zeros_like(f), f.new_zeros(batch, 1)
         reach = torch.ones_like(gamma)  # of the next step along the path
         shortest = (1e-2 / away.abs().amax(-1, keepdim=True).clamp(min=1e-2)).clamp(max=1e-6)
+        sizes = programs.sizes()
         point = programs.at(start, eta)
-        rho = programs.residual(point, eta)
+        rho = programs.residual(point, eta, sizes)
         damping = torch.zeros_like(gamma)
         stray = torch.where(torch.isfinite(ub).any(-1) & entropic, _STRAY_SMOOTH, _STRAY)
         iterations = torch.zeros(batch, dtype=torch.int64, device=f.device)
         capped = (torch.isfinite(ub) & (ub > 0)).any(-1) & (not entropic)
         needed = torch.where(capped, _PER_SCORE * away.abs().amax(-1), 0.0)
         budget = torch.where(needed > self.max_iter, min(_HOPELESS, self.max_iter), self.max_iter)
-        sizes = programs.sizes()
         infeasible = impossible | programs.contradicted(-matvec(null, f), sizes)
         done, asked = infeasible.clone(), torch.zeros_like(infeasible)
         centre = point.x
@@ -300,7 +301,7 @@ class DualNewton:
                     moved = torch.where(inequality, moved.clamp(min=0.0), moved)
                 further = gamma + ahead
                 there = programs.at(start + further * away - transposed_matvec(E, moved), moved)
-                error = programs.residual(there, moved)
+                error = programs.residual(there, moved, sizes)
                 slope = -(excess * (moved - eta)).sum(-1)
                 noise = 1e-13 * ((f * eta).abs().sum(-1) + point.value.abs())
                 fine = torch.isfinite(there.value) & (there.value <= point.value + 1e-4 * slope + noise)

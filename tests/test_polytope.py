@@ -321,6 +321,16 @@ def test_a_boundary_that_only_the_rows_together_imply():
     torch.testing.assert_close(grad[:2], torch.stack([y[0] * y[1], -y[0] * y[1]]), rtol=1e-7, atol=1e-8)
 
 
+def test_entries_that_a_combination_of_rows_forces_to_zero_are_as_small_as_is_promised():
+    A = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], dtype=DOUBLE)
+    c = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE, requires_grad=True)
+    x = il.entropic_lp(c, A=A, b=torch.ones(2, dtype=DOUBLE)).value
+    exact = torch.tensor([1.0, 0.0, 0.0], dtype=DOUBLE)
+    torch.testing.assert_close(x.detach(), exact, rtol=0, atol=2e-10)
+    for entry in x:
+        assert torch.autograd.grad(entry, c, retain_graph=True)[0].abs().max() < 2e-10
+
+
 def test_redundant_rows_change_nothing():
     d = data(21, n_ineq=0)
     A, b = d["A"], d["b"]

@@ -321,6 +321,16 @@ def test_a_boundary_that_only_the_rows_together_imply():
     torch.testing.assert_close(grad[:2], torch.stack([y[0] * y[1], -y[0] * y[1]]), rtol=1e-7, atol=1e-8)
 
 
+def test_entries_that_a_combination_of_rows_forces_to_zero_are_as_small_as_is_promised():
+    A = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], dtype=DOUBLE)
+    c = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE, requires_grad=True)
+    x = il.entropic_lp(c, A=A, b=torch.ones(2, dtype=DOUBLE)).value
+    exact = torch.tensor([1.0, 0.0, 0.0], dtype=DOUBLE)
+    torch.testing.assert_close(x.detach(), exact, rtol=0, atol=2e-10)
+    for entry in x:
+        assert torch.autograd.grad(entry, c, retain_graph=True)[0].abs().max() < 2e-10
+
+
 def test_redundant_rows_change_nothing():
     d = data(21, n_ineq=0)
     A, b = d["A"], d["b"]
@@ -503,3 +513,106 @@ def test_active_rows_that_are_given_twice_warn_in_the_backward_pass():
     with pytest.warns(il.errors.DegenerateGradientWarning, match="depend on each other"):
         (found,) = torch.autograd.grad(twice[0], c)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+# --- programs that contradict themselves ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slack", ["hard", "entropic"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"A": [[1.0] * 6], "b": [1.0], "G": [[1.0] * 6], "h": [0.5]},
+        {"G": [[1.0] * 6, [-1.0] * 6], "h": [0.5, -1.0]},
+        {"A": [[1.0] * 6, [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]], "b": [1.0, 1.1]},
+        {"A": [[1.0] * 6, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]], "b": [1.0, 5.1]},
+        {"A": [[1.0] * 6, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]], "b": [1.0, 5.0 + 1e-6]},
+    ],
+    ids=["a row against its bound", "two inequalities", "a part above the whole", "a mean above all", "by a millionth"],
+)
+def test_plain_contradictions_are_proven_before_the_iterations_run_out(rows, slack):
+    rows = {name: torch.tensor(value, dtype=DOUBLE) for name, value in rows.items()}
+    c = torch.zeros(6, dtype=DOUBLE)
+    with pytest.raises(il.InfeasibleError):
+        il.entropic_lp(c, **rows, slack=slack)
+    assert il.entropic_lp(c, **rows, slack=slack, on_failure="ignore").info.iterations <= 60
+
+
+def on_the_boundary(seed: int) -> dict[str, Tensor]:
+    """Rows that a point with many zeros meets exactly."""
+    draw = normal(seed)
+    n, n_eq, n_ineq = 4 + seed % 9, 1 + seed % 3, seed % 4
+    A, G = draw(n_eq, n), draw(n_ineq, n)
+    if seed % 2:
+        A, G = A.round(), G.round()
+    A[0] = 1.0
+    point = draw(n).abs() * (draw(n) > 0.3)
+    point[0] += 0.5
+    return {"A": A, "b": A @ point, "G": G, "h": G @ point}
+
+
+@pytest.mark.parametrize("first", range(0, 60, 12))
+def test_a_feasible_program_is_never_called_infeasible_and_one_that_is_not_always_is(first):
+    for seed in range(first, first + 12):
+        rows = on_the_boundary(seed)
+        draw = normal(1000 + seed)
+        n = rows["A"].shape[-1]
+        c = draw(n)
+        slack = ("hard", "entropic")[seed // 2 % 2]
+        # after one iteration everything is asked whether it has a point
+        info = il.entropic_lp(c, **rows, slack=slack, max_iter=1, on_failure="ignore").info
+        assert info.status != int(il.Status.INFEASIBLE), seed
+        combination = draw(rows["A"].shape[0])
+        above = combination @ rows["A"] + draw(n).clamp(min=0.0)  # times x ≥ 0 it is no less than combination @ b
+        size = above.abs().max()
+        for margin in (1e-6, 1e-3, 1.0):
+            below = combination @ rows["b"] - margin * rows["b"].abs().max() * size
+            worse = rows | {
+                "G": torch.cat([rows["G"], above.unsqueeze(0) / size]),
+                "h": torch.cat([rows["h"], below.unsqueeze(0) / size]),
+            }
+            parts = {"A_eq": worse["A"], "b_eq": worse["b"], "A_ub": worse["G"], "b_ub": worse["h"]}
+            assert linprog(np.zeros(n), **{k: v.numpy() for k, v in parts.items()}).status == 2
+            info = il.entropic_lp(c, **worse, slack=slack, max_iter=1, on_failure="ignore").info
+            assert info.status == int(il.Status.INFEASIBLE), (seed, margin)
+
+
+def test_a_point_far_beyond_the_right_hand_sides_of_other_rows_is_not_taken_for_none():
+    # x2 must be 5e7, in a row of its own; the first block is on the boundary
+    A = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=DOUBLE)
+    b = torch.tensor([1.0, 1.0, 5e7], dtype=DOUBLE)
+    info = il.entropic_lp(torch.zeros(3, dtype=DOUBLE), A=A, b=b, max_iter=1, on_failure="ignore").info
+    assert info.status == int(il.Status.NOT_CONVERGED)
+
+
+def test_a_contradiction_that_takes_long_leaves_its_neighbours_alone():
+    A = torch.ones(2, 6, dtype=DOUBLE)
+    A[1] = torch.arange(6, dtype=DOUBLE)
+    b = torch.tensor([[1.0, 2.5], [1.0, 5.1], [1.0, 4.0]], dtype=DOUBLE)
+    c = normal(40)(6)
+    x, info = il.entropic_lp(c, A=A, b=b, on_failure="ignore")
+    assert info.status.tolist() == [0, int(il.Status.INFEASIBLE), 0]
+    for i in (0, 2):
+        torch.testing.assert_close(x[i], il.entropic_lp(c, A=A, b=b[i]).value, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("slack", ["hard", "entropic"])
+@pytest.mark.parametrize("ratio", [1e4, 1e8, 1e12])
+def test_every_row_is_met_relative_to_its_own_size(ratio, slack):
+    b = torch.tensor([1 / ratio, 1.0, ratio], dtype=DOUBLE)
+    x = il.entropic_lp(torch.zeros(3, dtype=DOUBLE), A=torch.eye(3, dtype=DOUBLE), b=b, slack=slack).value
+    torch.testing.assert_close(x, b, rtol=1e-9, atol=0)
+    c = normal(41)(6)
+    A = torch.zeros(2, 6, dtype=DOUBLE)
+    A[0, :3], A[1, 3:] = 1.0, 1.0
+    x = il.entropic_lp(c, A=A, b=b[[0, 2]], slack=slack).value
+    torch.testing.assert_close(x[:3], c[:3].softmax(-1) / ratio, rtol=1e-9, atol=0)
+    torch.testing.assert_close(x[3:], c[3:].softmax(-1) * ratio, rtol=1e-9, atol=0)
+
+
+def test_a_small_row_beside_a_large_one_that_shares_its_entries():
+    A, b = torch.eye(3, dtype=DOUBLE), torch.tensor([1e-8, 1.0, 1e8], dtype=DOUBLE)
+    A[2] = 1.0
+    x, info = il.entropic_lp(torch.zeros(3, dtype=DOUBLE), A=A, b=b)
+    torch.testing.assert_close(x[:2], b[:2], rtol=1e-9, atol=0)
+    assert info.residual <= 1e-12

@@ -28,19 +28,21 @@ from implicit_layers import checks
 from implicit_layers.kkt.quadratic import matvec, transposed_matvec
 from implicit_layers.kkt.schur import factorise, gram
 from implicit_layers.solution import Status
+from implicit_layers.solvers import elastic
 from implicit_layers.solvers.homotopy import LONGER, choose, shortened
 
 _NEAR = 0.3  # relative residual from which on the path is followed
 _CLOSE = 0.1  # and the Newton decrement, relative to the curvature
 _STRAY, _STRAY_SMOOTH = 0.6, 0.1  # the most that a step along the path may leave; sigmoids hide much of it
 _PER_SCORE = 0.003  # iterations that hard bounds ask for at least, per unit of the spread of the scores; measured
+_LONG = 40  # iterations from which on a problem is asked, once, whether it has a feasible point at all
 _HOPELESS = 200  # iterations after which a problem is given up that asks for more than there are
 _DAMPING = 1e-2  # curvature lent to entries at their bounds, relative to the residual and to that without bounds
 _SMALL = 1e-3  # residual from which on a smaller one is progress, whatever rounding makes of the objective
 _TRIALS = 40  # of the line search
-_FLOOR = 1e-5  # rows smaller than this, next to the largest row of the problem, are judged by it
+_FLOOR = 1e-5  # rows smaller than this, next to the largest that they share entries with, are judged by it
 _PROOF = 1e-10  # relative size from which on a gap is a contradiction and not rounding
-_FAR = 1e8  # a point this many times larger than the right-hand sides is none
+_FAR = 1e8  # an entry this many times larger than the right-hand sides of its rows is none
 _ABSOLUTE = 1e-8  # the most that a row of entries up to one may be off, relative to 1 + |f|, however large x is
 _SAME_ROWS = 1e-13  # eigenvalue of unit rows' inner products from which on the rows are independent
 _WEAK = 1e-9  # relative size below which a dual and a slack are both zero
@@ -72,6 +74,13 @@ class Point(NamedTuple):
     size: Tensor  # (N, m): |E| x + slack + |f|, what the excess is measured against
     value: Tensor  # (N,): D
     lent: Tensor  # (N, n): a weight in reserve, for where too few entries have one
+
+
+class Sizes(NamedTuple):
+    """How large a solution may be expected to be."""
+
+    entries: Tensor  # (N, n)
+    rows: Tensor  # (N, m): their terms
 
 
 class Programs(NamedTuple):
@@ -133,9 +142,10 @@ class Programs(NamedTuple):
         lent = weight if self.usual is None else torch.where(possible, torch.maximum(weight, self.usual), 0.0)
         return Point(x, weight, torch.zeros_like(eta), excess, size, (self.f * eta).sum(-1) + potential.sum(-1), lent)
 
-    def residual(self, point: Point, eta: Tensor) -> Tensor:  # (N,)
+    def residual(self, point: Point, eta: Tensor, sizes: Sizes) -> Tensor:  # (N,)
         """Measure the largest violation, row by row relative to the terms of the row."""
-        size = torch.maximum(point.size, _FLOOR * point.size.amax(-1, keepdim=True))
+        largest = torch.minimum(point.size.amax(-1, keepdim=True), sizes.rows)
+        size = torch.maximum(point.size, torch.minimum(_FLOOR * largest, 1 + self.f.abs()))  # as in `broken`
         relative = point.excess / size.clamp(min=torch.finfo(size.dtype).tiny)
         if not self.entropic:  # an inequality with slack must have no dual; the dual is in the unit of log x
             relative = torch.where(self.inequality() & (relative < 0), torch.minimum(-relative, eta), relative)
@@ -148,7 +158,20 @@ class Programs(NamedTuple):
             excess = torch.where(self.inequality(), point.excess.clamp(min=0.0), excess)
         return torch.where(torch.isnan(excess), torch.inf, excess / (1 + self.f.abs())).amax(-1)
 
-    def contradicted(self, direction: Tensor) -> Tensor:  # (N, m) -> (N,) bool
+    def sizes(self) -> Sizes:
+        """What the right-hand sides and bounds say of the size of a solution.
+
+        Rows that share no entry, not even by way of other rows, are programs of their own and have a size of their own.
+        """
+        touched = (self.E != 0).to(self.E.dtype)
+        together = touched @ touched.mT
+        for _ in range(self.f.shape[-1].bit_length()):
+            together = ((together @ together) > 0).to(self.E.dtype)
+        rows = (together * self.f.abs().unsqueeze(-2)).amax(-1).maximum(self.f.abs())
+        entries = transposed_matvec(touched, rows) / touched.sum(-2).clamp(min=1)  # of rows that have the same size
+        return Sizes(torch.minimum(entries, self.ub), rows)
+
+    def contradicted(self, direction: Tensor, sizes: Sizes) -> Tensor:  # (N, m) -> (N,) bool
         """Whether the direction d proves that no point is feasible (Farkas).
 
         For 0 ≤ x ≤ u with E x = f (≤ f where d ≥ 0):  fᵀd ≥ (Eᵀd)ᵀx ≥ −Σ uᵢ max(0, −(Eᵀd)ᵢ). Where the left-hand
@@ -163,10 +186,32 @@ class Programs(NamedTuple):
         falls = (-pulled).clamp(min=0.0)
         reach = (torch.where(bounded, self.ub, 0.0) * falls).sum(-1)
         gap = -(self.f * d).sum(-1) - reach
-        noise = _PROOF * ((self.f * d).abs().sum(-1) + reach)
-        open_falls = torch.where(bounded, 0.0, (falls - 8 * torch.finfo(d.dtype).eps * terms).clamp(min=0.0)).amax(-1)
-        far = _FAR * self.f.abs().amax(-1) * open_falls <= gap
+        noise = _PROOF * ((sizes.rows * d.abs()).sum(-1) + reach)
+        open_falls = torch.where(bounded, 0.0, (falls - 8 * torch.finfo(d.dtype).eps * terms).clamp(min=0.0))
+        far = _FAR * (sizes.entries * open_falls).amax(-1) <= gap
         return (gap > noise) & far & torch.isfinite(gap)
+
+    def hopeless(self, index: Tensor, start: Tensor) -> Tensor:  # (k,), (N, n) -> (k,) bool
+        """Whether the programs of `index` are proven to have no feasible point, by those whose rows can be broken."""
+        some = self._take(index)
+        sizes = some.sizes()
+        unit = torch.where(sizes.rows > 0, sizes.rows, 1.0)
+        x = torch.minimum(start[index].clamp(min=torch.finfo(unit.dtype).tiny), _positive(sizes.entries))
+
+        def proof(y: Tensor) -> Tensor:
+            return some.contradicted(y, sizes)
+
+        return elastic.contradicted(some.E, some.f, some.ub, some.inequality(), x, unit, proof)
+
+    def _take(self, index: Tensor) -> Programs:
+        """Keep some programs; what all share stays shared."""
+
+        def pick(t: Tensor) -> Tensor:
+            return t if t.shape[0] == 1 else t[index]
+
+        usual = None if self.usual is None else pick(self.usual)
+        theta, E, f, ub, scale = (pick(t) for t in self[:5])
+        return Programs(theta, E, f, ub, scale, self.n_eq, self.entropic, self.maps, usual)
 
 
 class Dual(NamedTuple):
@@ -208,19 +253,25 @@ class DualNewton:
         eta, gamma = torch.zeros_like(f), f.new_zeros(batch, 1)
         reach = torch.ones_like(gamma)  # of the next step along the path
         shortest = (1e-2 / away.abs().amax(-1, keepdim=True).clamp(min=1e-2)).clamp(max=1e-6)
+        sizes = programs.sizes()
         point = programs.at(start, eta)
-        rho = programs.residual(point, eta)
+        rho = programs.residual(point, eta, sizes)
         damping = torch.zeros_like(gamma)
         stray = torch.where(torch.isfinite(ub).any(-1) & entropic, _STRAY_SMOOTH, _STRAY)
         iterations = torch.zeros(batch, dtype=torch.int64, device=f.device)
         capped = (torch.isfinite(ub) & (ub > 0)).any(-1) & (not entropic)
         needed = torch.where(capped, _PER_SCORE * away.abs().amax(-1), 0.0)
         budget = torch.where(needed > self.max_iter, min(_HOPELESS, self.max_iter), self.max_iter)
-        infeasible = impossible | programs.contradicted(-matvec(null, f))
-        done = infeasible.clone()
-        for _ in range(self.max_iter):
+        infeasible = impossible | programs.contradicted(-matvec(null, f), sizes)
+        done, asked = infeasible.clone(), torch.zeros_like(infeasible)
+        centre = point.x
+        for count in range(self.max_iter):
             if checks.host_bool(done.all()):
                 break
+            if count == _LONG:
+                asked = ~done
+                infeasible = infeasible | self._hopeless(programs, asked, centre)
+                done = done | infeasible
             iterations += ~done
             excess = point.excess
             bound = inequality & (eta <= rho.clamp(max=1e-3).unsqueeze(-1)) & (excess < 0)
@@ -238,7 +289,8 @@ class DualNewton:
             on_path = ((rho <= _NEAR) & (decrement <= _CLOSE * mass) & (gamma[:, 0] < 1)).unsqueeze(-1)
             tangent = factor.solve(kept * matvec(E, point.weight * away))
             lost = ~done & (rho > _NEAR)
-            infeasible = infeasible | (lost & (programs.contradicted(newton) | programs.contradicted(eta + newton)))
+            proofs = programs.contradicted(newton, sizes) | programs.contradicted(eta + newton, sizes)
+            infeasible = infeasible | (lost & proofs)
             done = done | infeasible
             ahead = torch.where(on_path, torch.minimum(1 - gamma, reach), 0.0)
             length = torch.ones_like(gamma)
@@ -249,7 +301,7 @@ class DualNewton:
                     moved = torch.where(inequality, moved.clamp(min=0.0), moved)
                 further = gamma + ahead
                 there = programs.at(start + further * away - transposed_matvec(E, moved), moved)
-                error = programs.residual(there, moved)
+                error = programs.residual(there, moved, sizes)
                 slope = -(excess * (moved - eta)).sum(-1)
                 noise = 1e-13 * ((f * eta).abs().sum(-1) + point.value.abs())
                 fine = torch.isfinite(there.value) & (there.value <= point.value + 1e-4 * slope + noise)
@@ -272,6 +324,8 @@ class DualNewton:
             done = done | (iterations >= budget)
             jammed = length < 0.2
             damping = torch.where(jammed, (10 * damping).clamp(min=1e-3), 0.1 * damping)
+        failed = ~((gamma[:, 0] >= 1) & (rho <= self.tol))
+        infeasible = infeasible | self._hopeless(programs, failed & ~infeasible & ~asked, centre)
         broken = programs.broken(point)
         rho = torch.where(broken > max(self.tol, _ABSOLUTE), torch.maximum(rho, broken), rho)
         solved = (gamma[:, 0] >= 1) & (rho <= self.tol) & (broken <= max(self.tol, _ABSOLUTE)) & ~infeasible
@@ -285,6 +339,15 @@ class DualNewton:
         if not entropic and checks.host_bool((inequality & held).any()):
             kinked = kinked | _dependent(E, held, null)
         return Dual(point.x, eta / scale, held.to(f.dtype), status, iterations, rho, kinked)
+
+    @staticmethod
+    def _hopeless(programs: Programs, asked: Tensor, centre: Tensor) -> Tensor:  # (N,), (N, n) -> (N,) bool
+        """Which of those asked about are proven infeasible."""
+        verdict = torch.zeros_like(asked)
+        if checks.host_bool(asked.any()):
+            index = asked.nonzero().squeeze(-1)
+            verdict[index] = programs.hopeless(index, centre)
+        return verdict
 
 
 def _dependent(E: Tensor, held: Tensor, null: Tensor) -> Tensor:  # (N or 1, m, n), (N, m), (N or 1, m, m) -> (N,)

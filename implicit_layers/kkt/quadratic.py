@@ -313,14 +313,17 @@ def solve(
 
 def condition(factor: Factor) -> Tensor:  # -> (N,)
     """Estimate the condition from the pivots of both factors: a lower bound, cheap and of the right order mostly."""
-    worst: Tensor | None = None
-    for part in (factor.chol_q, factor.chol_eq, factor.chol_ineq):
+    worst = _spread(factor.chol_q)
+    for part in (factor.chol_eq, factor.chol_ineq):
         if part.shape[-1]:
-            least, most = torch.aminmax(part.diagonal(dim1=-2, dim2=-1), dim=-1)
-            ratio = (most / least) ** 2
-            worst = ratio if worst is None else torch.maximum(worst, ratio)
-    assert worst is not None  # Q has rows
+            worst = torch.maximum(worst, _spread(part))
     return worst
+
+
+def _spread(factor: Tensor) -> Tensor:  # (N, n, n) -> (N,)
+    """Compare the largest pivot with the smallest."""
+    least, most = torch.aminmax(factor.diagonal(dim1=-2, dim2=-1), dim=-1)
+    return (most / least) ** 2
 
 
 def check_definite(Q: Tensor) -> tuple[Tensor, Tensor]:

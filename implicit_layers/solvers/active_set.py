@@ -38,10 +38,12 @@ class Program(NamedTuple):
         """Keep the programs of `index`; what the batch shares stays shared."""
 
         def pick(tensor: Tensor) -> Tensor:
-            return tensor if tensor.shape[0] == 1 else tensor[index]
+            return tensor if tensor.shape[0] == 1 else tensor.index_select(0, index)
 
         Q, p, E, f, n_eq, reduced = self
-        return Program(pick(Q), pick(p), pick(E), pick(f), n_eq, quadratic.Reduced(*map(pick, reduced)))
+        part = quadratic.Reduced(*map(pick, reduced._replace(projected=reduced.projected[:1])))
+        projected = pick(reduced.projected) if n_eq else part.schur  # without equalities they are the same
+        return Program(pick(Q), pick(p), pick(E), pick(f), n_eq, part._replace(projected=projected))
 
     def minimum(self, y: Tensor) -> Tensor:  # (k, m) -> (k, n)
         """Minimise the Lagrangian for given duals: z = −Q⁻¹(p + Eᵀy)."""

@@ -85,7 +85,8 @@ class Reduced(NamedTuple):
     """The dual form: E z − f = (t − S y) / scale with y = scale ∘ (dual), z eliminated; then ν eliminated too."""
 
     chol_q: Tensor  # (N or 1, n, n)
-    free: Tensor  # (N or 1, n): z⁰ = −Q⁻¹p, the minimum without constraints
+    lowered: Tensor  # (N or 1, n): L⁻¹p, so that z⁰ = −L⁻ᵀL⁻¹p is the minimum without constraints
+    half: Tensor  # (N or 1, n, m): L⁻¹EᵀD
     schur: Tensor  # (N or 1, m, m): S = D E Q⁻¹ Eᵀ D, unit diagonal
     scale: Tensor  # (N or 1, m): the diagonal of D
     violation: Tensor  # (N or 1, m): t = D (E z⁰ − f), distances in the norm of Q; zero where it is only rounding
@@ -219,7 +220,19 @@ def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, ridge: fl
     known = torch.addcmul(height, touches, free_norm.unsqueeze(-1))
     violation = violation * (violation.abs() > 32 * torch.finfo(schur.dtype).eps * known)
     return Reduced(
-        chol_q, free, schur, scale, violation, free_norm, touches, height, chol_eq, across, projected, dependent
+        chol_q,
+        lowered,
+        half,
+        schur,
+        scale,
+        violation,
+        free_norm,
+        touches,
+        height,
+        chol_eq,
+        across,
+        projected,
+        dependent,
     )
 
 

@@ -47,7 +47,7 @@ class Program(NamedTuple):
 
     def minimum(self, dual: Tensor) -> Tensor:  # (k, m) -> (k, n)
         """Minimise the Lagrangian for given duals, scaled: z = −Q⁻¹(p + Eᵀy)."""
-        lowered = quadratic.matvec_plus(self.reduced.half, dual, self.reduced.lowered)
+        lowered = quadratic.matvec(self.reduced.half, dual).add_(self.reduced.lowered)
         return quadratic.triangular_solve(self.reduced.chol_q, lowered, transposed=True).neg_()
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:  # (k, n), (k, m) -> (k, n)
@@ -113,7 +113,7 @@ def solve_on(
         lowered = quadratic.triangular_solve(reduced.chol_q, program.gradient(z, y))
         over = quadratic.transposed_matvec(reduced.half, lowered)
         step = quadratic.schur_solve(factor, program.gap(z).sub_(over))
-        lowered = quadratic.matvec_plus(reduced.half, step, lowered)  # rows hold better than y can be rounded
+        lowered = lowered.add_(quadratic.matvec(reduced.half, step))  # rows hold better than y can be rounded
         z = z - quadratic.triangular_solve(reduced.chol_q, lowered, transposed=True)
         y = torch.addcmul(y, reduced.scale, step)
     dual = y / reduced.scale

@@ -165,9 +165,9 @@ def sharpened(program: Program, factor: Factor, wanted: Tensor, *, ask: bool) ->
 
 
 def assemble(
-    program: Program, weight: Tensor, diagonal: Tensor, free: Tensor, curvature: Tensor | None = None
+    program: Program, weight: Tensor, diagonal: Tensor, free: Tensor | None, curvature: Tensor | None = None
 ) -> Tensor:  # -> (N, n, n)
-    """Form curvature·Q + Eᵀ diag(weight) E + diag, identity where not free."""
+    """Form curvature·Q + Eᵀ diag(weight) E + diag, identity where not free; None: all is free."""
     Q, E = program.Q, program.E
     batch, n = diagonal.shape[0], diagonal.shape[-1]
     if E.shape[-2] == 0:
@@ -176,10 +176,12 @@ def assemble(
         if E.shape[0] == 1 and batch != 1:  # one matrix for all: one long product, no copy of E
             H = ((E.mT * weight.unsqueeze(-2)).reshape(-1, E.shape[-2]) @ E.squeeze(0)).reshape(batch, n, n)
         else:
-            H = (E.mT * weight.unsqueeze(-2)) @ E
+            H = torch.bmm(E.mT * weight.unsqueeze(-2), E)
         H = H + Q if curvature is None else torch.addcmul(H, Q, curvature.unsqueeze(-1))
-    H = H * free.unsqueeze(-1) * free.unsqueeze(-2)
-    H.diagonal(dim1=-2, dim2=-1).add_(torch.where(free > 0, diagonal, 1.0))
+    if free is not None:
+        H = H.mul_(free.unsqueeze(-1)).mul_(free.unsqueeze(-2))
+        diagonal = torch.where(free > 0, diagonal, 1.0)
+    H.diagonal(dim1=-2, dim2=-1).add_(diagonal)
     return H
 
 
@@ -188,8 +190,8 @@ def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Ten
     free = 1.0 - factor.fixed
     weight = factor.active / (factor.delta + factor.compliance)
     pulled = factor.column * quadratic.transposed_matvec(E, factor.row * weight * r_y)
-    u_z = free * quadratic.cholesky_solve(factor.chol, free * (r_z + pulled))
-    rest = factor.row * quadratic.matvec(E, factor.column * u_z) - r_y
+    u_z = quadratic.cholesky_solve(factor.chol, pulled.add_(r_z).mul_(free)) * free
+    rest = (factor.row * quadratic.matvec(E, factor.column * u_z)).sub_(r_y)
     u_y = weight * rest
     if not factor.held.shape[-1]:
         return u_z, u_y
@@ -223,20 +225,22 @@ def refined(
     u = torch.zeros_like(right)
     for cycle, count in enumerate((steps, 2)):
         rest = right if cycle == 0 else right - torch.cat(image(*u.split(sizes, dim=-1)), dim=-1)
-        directions: list[tuple[Tensor, Tensor]] = []
+        directions: list[Tensor] = []
         for _ in range(count):
-            step = torch.cat(solve_once(factor, E, *rest.split(sizes, dim=-1)), dim=-1)
-            moved = torch.cat(image(*step.split(sizes, dim=-1)), dim=-1)
-            for earlier, image_of_it in directions:
-                along = (image_of_it * moved).sum(-1, keepdim=True)
-                step, moved = step - along * earlier, moved - along * image_of_it
-            length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
-            null = length <= least * torch.linalg.vector_norm(step, dim=-1, keepdim=True)  # a step of rounding only
-            inverse = torch.where((length > tiny) & null.logical_not(), 1.0 / length.clamp(min=tiny), 0.0)
-            step, moved = step * inverse, moved * inverse
+            step_z, step_y = solve_once(factor, E, *rest.split(sizes, dim=-1))
+            both = torch.cat((step_z, step_y, *image(step_z, step_y)), dim=-1)  # a step and what K makes of it
+            both = both.unflatten(-1, (2, right.shape[-1]))  # (N, 2, n + m)
+            for earlier in directions:
+                along = (earlier.narrow(-2, 1, 1) * both.narrow(-2, 1, 1)).sum(-1, keepdim=True)
+                both = torch.addcmul(both, along, earlier, value=-1.0)
+            of_step, length = torch.linalg.vector_norm(both, dim=-1).split(1, dim=-1)
+            known = (length > least * of_step) & (length > tiny)  # else it is a step of rounding only
+            inverse = torch.where(known, length.clamp(min=tiny).reciprocal(), 0.0)
+            both = both * inverse.unsqueeze(-1)
+            step, moved = both.unbind(-2)
             along = (moved * rest).sum(-1, keepdim=True)
-            u, rest = u + along * step, rest - along * moved
-            directions.append((step, moved))
+            u, rest = torch.addcmul(u, along, step), torch.addcmul(rest, along, moved, value=-1.0)
+            directions.append(both)
     s_z, s_y = u.split(sizes, dim=-1)
     return s_z, s_y
 

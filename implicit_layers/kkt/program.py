@@ -112,6 +112,7 @@ class Program(NamedTuple):
     units: Units
     n_eq: int
     bounded: bool  # whether any program may have bounds
+    elastic: bool  # whether any row may have a compliance
 
     @staticmethod
     def of(data: Data, stiffness: Tensor | None = None) -> Program:
@@ -151,6 +152,7 @@ class Program(NamedTuple):
             units=_units(Q, p, (f, lb, ub)),
             n_eq=data.n_eq,
             bounded=data.lb is not None or data.ub is not None,
+            elastic=data.compliance is not None,
         )
 
     def take(self, index: Tensor) -> Program:
@@ -194,41 +196,48 @@ def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
     of duals to the largest dual; complementarity to both. Where all these vanish, what is left sets the unit: the
     smaller of |p|/|Q| and the smallest right-hand side, or 1.
     """
+    largest, units = quadratic.largest, program.units
     curved = quadratic.matvec(program.Q, z)
     pulled = quadratic.transposed_matvec(program.E, y)
-    stationarity = curved + program.p + pulled + bound
+    stationarity = (curved + program.p).add_(pulled)
+    dual = torch.maximum(torch.maximum(largest(curved), largest(pulled)), units.dual)
+    if program.bounded:
+        stationarity = stationarity.add_(bound)
+        dual = torch.maximum(dual, largest(bound))
+    dual = dual.unsqueeze(-1)
     image = quadratic.matvec(program.E, z)
-    gap = torch.where(program.rows, image - program.compliance * y - program.f, 0.0)
-    largest, units = quadratic.largest, program.units
     length = torch.linalg.vector_norm(z, dim=-1)
     primal = torch.maximum(length, 1e-5 * units.primal).unsqueeze(-1)
-    parts = torch.broadcast_tensors(largest(curved), largest(pulled), largest(bound), units.dual)
-    dual = torch.stack(parts).amax(0).unsqueeze(-1)
-    terms = program.f.abs() + primal + program.compliance * y.abs()
-    nearest = torch.where(z >= 0, program.ub, program.lb)
-    bound_terms = nearest.abs() + primal
-    inequality = program.inequality()
-    over = torch.where(inequality, gap.clamp(min=0.0), gap.abs())
-    lam = torch.where(inequality & program.rows, y, 0.0)
-    above = torch.where(program.has_ub | program.pinned, z - program.ub, 0.0)
-    below = torch.where(program.has_lb | program.pinned, program.lb - z, 0.0)
-    upward, downward = bound.clamp(min=0.0), (-bound).clamp(min=0.0)
-    loose = torch.where(program.has_ub | program.pinned, 0.0, upward)
-    loose = loose + torch.where(program.has_lb | program.pinned, 0.0, downward)
-    slackness = torch.where(program.pinned, 0.0, torch.maximum((upward * above).abs(), (downward * below).abs()))
-    ratios = [
-        largest(stationarity / dual),
-        largest(over / terms),
-        largest(lam.clamp(max=0.0) / dual),
-        largest(lam * gap / (terms * dual)),
-        largest(torch.maximum(above, below).clamp(min=0.0) / bound_terms),
-        largest(loose / dual),
-        largest(slackness / (bound_terms * dual)),
-    ]
-    residual = torch.stack(torch.broadcast_tensors(*ratios)).amax(0)
-    residual = torch.where(torch.isfinite(residual), residual, torch.inf)
-    absolute = torch.maximum(largest(over) / units.reach, largest(stationarity) / units.slope)
-    absolute = torch.where(torch.isfinite(absolute), absolute, torch.inf)
+    gap, terms = image - program.f, program.f.abs() + primal
+    if program.elastic:
+        gap = gap - program.compliance * y
+        terms = terms + program.compliance * y.abs()
+    gap, n_eq = torch.where(program.rows, gap, 0.0), program.n_eq
+    sizes = [n_eq, gap.shape[-1] - n_eq]
+    equal, above_side = gap.split(sizes, dim=-1)
+    over = torch.cat([equal.abs(), above_side], dim=-1) if n_eq else gap  # not negative where it is too much
+    of_gap = over / terms
+    there, lam = program.rows.split(sizes, dim=-1)[1], y.split(sizes, dim=-1)[1]
+    of_lam = torch.where(there, lam, 0.0).div_(dual)
+    steepest = largest(stationarity)
+    parts = [steepest.unsqueeze(-1) / dual, of_gap, -of_lam, (of_lam * of_gap.split(sizes, dim=-1)[1]).abs_()]
+    bound_terms = primal
+    if program.bounded:
+        nearest = torch.where(z >= 0, program.ub, program.lb)
+        bound_terms = nearest.abs() + primal
+        held_ub, held_lb = program.has_ub | program.pinned, program.has_lb | program.pinned
+        above = torch.where(held_ub, z - program.ub, 0.0)
+        below = torch.where(held_lb, program.lb - z, 0.0)
+        upward, downward = bound.clamp(min=0.0), (-bound).clamp_(min=0.0)
+        loose = torch.where(held_ub, 0.0, upward) + torch.where(held_lb, 0.0, downward)
+        slackness = torch.maximum((upward * above).abs_(), (downward * below).abs_())
+        slackness = torch.where(program.pinned, 0.0, slackness)
+        parts += [torch.maximum(above, below) / bound_terms, loose / dual, slackness / (bound_terms * dual)]
+    residual = torch.cat(parts, dim=-1).amax(-1).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    absolute = steepest / units.slope
+    if over.shape[-1]:
+        absolute = torch.maximum(over.amax(-1) / units.reach, absolute)
+    absolute = absolute.nan_to_num_(nan=torch.inf, posinf=torch.inf)
     return Point(z, y, bound, gap, stationarity, terms, bound_terms, primal, dual, residual, absolute)
 
 

@@ -85,12 +85,14 @@ class Reduced(NamedTuple):
     """The dual form: E z − f = (t − S y) / scale with y = scale ∘ (dual), z eliminated; then ν eliminated too."""
 
     chol_q: Tensor  # (N or 1, n, n)
-    free: Tensor  # (N or 1, n): z⁰ = −Q⁻¹p, the minimum without constraints
+    lowered: Tensor  # (N or 1, n): L⁻¹p, so that z⁰ = −L⁻ᵀL⁻¹p is the minimum without constraints
+    half: Tensor  # (N or 1, n, m): L⁻¹EᵀD
     schur: Tensor  # (N or 1, m, m): S = D E Q⁻¹ Eᵀ D, unit diagonal
     scale: Tensor  # (N or 1, m): the diagonal of D
     violation: Tensor  # (N or 1, m): t = D (E z⁰ − f), distances in the norm of Q; zero where it is only rounding
     free_norm: Tensor  # (N or 1,): |z⁰| in the norm of Q
     touches: Tensor  # (N or 1, m): 1, but 0 on rows of E that are zero
+    height: Tensor  # (N or 1, m): D |f|, no less than the smallest number there is
     chol_eq: Tensor  # (N or 1, n_eq, n_eq): S_ee = C_e C_eᵀ
     across: Tensor  # (N or 1, n_eq, n_ineq): X = C_e⁻¹ S_ei
     projected: Tensor  # (N or 1, n_ineq, n_ineq): R = S_ii − XᵀX
@@ -99,15 +101,16 @@ class Reduced(NamedTuple):
 
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, n) -> (*B, m)
     """Multiply a matrix with a vector, batched."""
-    if matrix.ndim == 3 and vector.ndim == 2 and matrix.shape[0] == 1:  # one matrix for all vectors
-        return vector @ matrix.squeeze(0).mT
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+    return transposed_matvec(matrix.mT, vector)  # batched products of rows are several times faster than of columns
 
 
 def transposed_matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, m) -> (*B, n)
     """Multiply a transposed matrix with a vector, batched."""
-    if matrix.ndim == 3 and vector.ndim == 2 and matrix.shape[0] == 1:  # one matrix for all vectors
-        return vector @ matrix.squeeze(0)
+    if matrix.ndim == 3 and vector.ndim == 2:
+        if matrix.shape[0] == 1:  # one matrix for all vectors
+            return torch.mm(vector, matrix.squeeze(0))
+        if matrix.shape[0] == vector.shape[0]:
+            return torch.bmm(vector.unsqueeze(-2), matrix).squeeze(-2)
     return (vector.unsqueeze(-2) @ matrix).squeeze(-2)
 
 
@@ -176,34 +179,54 @@ def jacobian(Q: Tensor, A: Tensor, G: Tensor, h: Tensor, z: Tensor, lam: Tensor)
 
 def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, ridge: float) -> Reduced:
     """Eliminate z and ν: a triangular solve for all rows, a product, and the same again for the equality rows."""
-    free = -cholesky_solve(chol_q, p)
+    lowered = triangular_solve(chol_q, p)
+    free = -triangular_solve(chol_q, lowered, transposed=True)
     half = torch.linalg.solve_triangular(chol_q, E.mT, upper=False)  # L⁻¹Eᵀ, (N or 1, n, m)
     length = torch.linalg.vector_norm(half, dim=-2)
-    scale = torch.where(length > 0, length, 1.0).reciprocal()
+    there = length > 0
+    scale = torch.where(there, length, 1.0).reciprocal()
     half = half * scale.unsqueeze(-2)
     schur = half.mT @ half
-    corner = schur[:, :n_eq, :n_eq]
-    chol_eq, positive = _cholesky(corner)
+    chol_eq, across, projected = schur[:, :n_eq, :n_eq], schur[:, :n_eq, n_eq:], schur
+    dependent = there.new_zeros(schur.shape[0])
     if n_eq:
+        corner = chol_eq
+        chol_eq, positive = _cholesky(corner)
         eye = torch.eye(n_eq, dtype=schur.dtype, device=schur.device)
         chol_eq = torch.where(positive[:, None, None], chol_eq, torch.linalg.cholesky_ex(corner + ridge * eye)[0])
-    across = torch.linalg.solve_triangular(chol_eq, schur[:, :n_eq, n_eq:], upper=False)
-    projected = torch.baddbmm(schur[:, n_eq:, n_eq:], across.mT, across, alpha=-1)
+        across = torch.linalg.solve_triangular(chol_eq, across, upper=False)
+        projected = torch.baddbmm(schur[:, n_eq:, n_eq:], across.mT, across, alpha=-1)
+        dependent = positive.logical_not()
     violation = scale * (matvec(E, free) - f)
-    free_norm = (-(free * p).sum(-1)).clamp(min=0.0).sqrt()
-    touches = (length > 0).to(schur.dtype)
-    rounding = 32 * torch.finfo(schur.dtype).eps * (scale * f.abs() + touches * free_norm.unsqueeze(-1))
-    violation = torch.where(violation.abs() <= rounding, 0.0, violation)
-    return Reduced(chol_q, free, schur, scale, violation, free_norm, touches, chol_eq, across, projected, ~positive)
+    free_norm = torch.linalg.vector_norm(lowered, dim=-1)
+    touches = there.to(schur.dtype)
+    height = (scale * f).abs_().clamp_(min=torch.finfo(schur.dtype).tiny)
+    known = torch.addcmul(height, touches, free_norm.unsqueeze(-1))
+    violation = violation * (violation.abs() > 32 * torch.finfo(schur.dtype).eps * known)
+    return Reduced(
+        chol_q,
+        lowered,
+        half,
+        schur,
+        scale,
+        violation,
+        free_norm,
+        touches,
+        height,
+        chol_eq,
+        across,
+        projected,
+        dependent,
+    )
 
 
 def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Factor matrices of unit diagonal; also tell where they are positive definite to working precision, (N,)."""
     factor, info = torch.linalg.cholesky_ex(matrix)
-    positive = info == 0
-    if matrix.shape[-1]:
-        positive = positive & (factor.diagonal(dim1=-2, dim2=-1).amin(-1) ** 2 > least_pivot(matrix))
-    return factor, positive
+    if not matrix.shape[-1]:
+        return factor, info == 0
+    least = factor.diagonal(dim1=-2, dim2=-1).amin(-1)
+    return factor, torch.gt(least > least_pivot(matrix) ** 0.5, info)  # info is 0 where there is a factor
 
 
 def least_pivot(matrix: Tensor) -> float:
@@ -218,7 +241,7 @@ def factorise(reduced: Reduced, active: Tensor) -> tuple[Factor, Tensor]:
     masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - chosen)
     chol_ineq, positive = _cholesky(masked)
     factor = Factor(reduced.chol_q, reduced.chol_eq, reduced.across, chol_ineq, reduced.scale, active)
-    return factor, positive & ~reduced.dependent
+    return factor, positive > reduced.dependent if reduced.chol_eq.shape[-1] else positive
 
 
 def factorise_with_ridge(reduced: Reduced, active: Tensor, ridge: float) -> Factor:
@@ -287,21 +310,25 @@ def solve(
 
 def condition(factor: Factor) -> Tensor:  # -> (N,)
     """Estimate the condition from the pivots of both factors: a lower bound, cheap and of the right order mostly."""
-    worst = []
-    for part in (factor.chol_q, factor.chol_eq, factor.chol_ineq):
-        pivots = part.diagonal(dim1=-2, dim2=-1) ** 2
-        if pivots.shape[-1]:
-            worst.append(pivots.amax(-1) / pivots.amin(-1))
-    return torch.stack(torch.broadcast_tensors(*worst)).amax(0)
+    worst = _spread(factor.chol_q)
+    for part in (factor.chol_eq, factor.chol_ineq):
+        if part.shape[-1]:
+            worst = torch.maximum(worst, _spread(part))
+    return worst
+
+
+def _spread(factor: Tensor) -> Tensor:  # (N, n, n) -> (N,)
+    """Compare the largest pivot with the smallest."""
+    least, most = torch.aminmax(factor.diagonal(dim1=-2, dim2=-1), dim=-1)
+    return (most / least) ** 2
 
 
 def check_definite(Q: Tensor) -> tuple[Tensor, Tensor]:
     """Factor Q, (N or 1, n, n); also tell where it is positive definite to working precision, (N or 1,)."""
     factor, info = torch.linalg.cholesky_ex(Q)
-    diagonal = Q.diagonal(dim1=-2, dim2=-1)
     floor = 10 * Q.shape[-1] * torch.finfo(Q.dtype).eps
-    relative = factor.diagonal(dim1=-2, dim2=-1) ** 2 / diagonal.abs().clamp(min=torch.finfo(Q.dtype).tiny)
-    return factor, (info == 0) & (relative.amin(-1) > floor)
+    relative = factor.diagonal(dim1=-2, dim2=-1) ** 2 / Q.diagonal(dim1=-2, dim2=-1)
+    return factor, torch.gt(relative.amin(-1) > floor, info)  # info is 0 where there is a factor
 
 
 def convex(Q: Tensor, batch: torch.Size, rounding: float) -> Tensor:
@@ -345,40 +372,32 @@ def convex(Q: Tensor, batch: torch.Size, rounding: float) -> Tensor:
     )
 
 
-def magnitude(reduced: Reduced, f: Tensor, z_norm: Tensor) -> Tensor:  # (N,) -> (N, m)
-    """Bound the terms of each row E z − f, scaled, for a point of that length in the norm of Q."""
-    return reduced.scale * f.abs() + reduced.touches * z_norm.unsqueeze(-1)
+def magnitude(reduced: Reduced, z_norm: Tensor) -> Tensor:  # (N,) -> (N, m)
+    """Bound the terms of each row E z − f, scaled, for a point of that length in the norm of Q; never zero."""
+    return torch.addcmul(reduced.height, reduced.touches, z_norm.unsqueeze(-1))
 
 
 def relative_residual(
-    reduced: Reduced, f: Tensor, y: Tensor, n_eq: int, gradient: Tensor, image: Tensor, z_norm: Tensor
+    reduced: Reduced, n_eq: int, dual: Tensor, longest_dual: Tensor, gradient: Tensor, gap: Tensor, z_norm: Tensor
 ) -> Tensor:
     """Measure the KKT residual relative to the data, (N,): blind to units, row by row, 0 where all data are zero.
 
-    From gradient = Qz + p + Eᵀy, image = Ez and z_norm = |z|, all lengths in the norm of Q: stationarity relative to
-    the longer of z and z⁰ (the minimum without constraints); each row of Ez − f relative to its own terms; the sign of
-    λ to the largest dual; complementarity, row by row, to both.
+    From gradient = Qz + p + Eᵀy, gap = D(Ez − f), dual = D⁻¹y, its length and z_norm = |z|, all lengths in the norm of
+    Q: stationarity relative to the longer of z and z⁰ (the minimum without constraints); each row of Ez − f relative to
+    its own terms; the sign of λ to the largest dual; complementarity, row by row, to both.
     """
-
-    def ratio(value: Tensor, scale: Tensor) -> Tensor:  # NaN stays NaN
-        return torch.where(value == 0, 0.0, value / scale.clamp(min=torch.finfo(value.dtype).tiny))
-
-    gap = reduced.scale * (image - f)
-    over = torch.cat([gap[..., :n_eq].abs(), gap[..., n_eq:].clamp(min=0)], dim=-1)
+    tiny = torch.finfo(gap.dtype).tiny
     # z is known to rounding of z⁰ only, which is allowed a little beyond the terms of the row itself
-    terms = magnitude(reduced, f, torch.maximum(z_norm, 1e-5 * reduced.free_norm))
-    dual = y / reduced.scale
-    lam = dual[..., n_eq:]
-    longest_dual = largest(dual)
-    error = torch.linalg.vector_norm(triangular_solve(reduced.chol_q, gradient), dim=-1)
-    parts = [
-        ratio(error, torch.maximum(z_norm, reduced.free_norm)),
-        largest(ratio(over, terms)),
-        ratio(largest(lam.clamp(max=0)), longest_dual),
-        largest(ratio(lam * gap[..., n_eq:], terms[..., n_eq:] * longest_dual.unsqueeze(-1))),
-    ]
-    worst = torch.stack(torch.broadcast_tensors(*parts)).amax(0)
-    return torch.where(torch.isfinite(worst), worst, torch.inf)
+    over = gap / magnitude(reduced, torch.maximum(z_norm, 1e-5 * reduced.free_norm))
+    lam = dual / longest_dual.clamp(min=tiny).unsqueeze(-1)
+    off = torch.linalg.vector_norm(triangular_solve(reduced.chol_q, gradient), dim=-1)
+    off = off / torch.maximum(z_norm, reduced.free_norm).clamp_(min=tiny)
+    parts = [off.unsqueeze(-1)]
+    if n_eq:
+        parts.append(over[:, :n_eq].abs())
+        over, lam = over[:, n_eq:], lam[:, n_eq:]
+    parts += [over, -lam, (over * lam).abs_()]
+    return torch.cat(parts, dim=-1).amax(-1).nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
 
 def symmetric(matrix: Tensor) -> Tensor:

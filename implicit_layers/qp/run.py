@@ -132,16 +132,18 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
             rounded = relative_residual(data, *(t.to(result.z.dtype) for t in (z, y, bound)))
             residual = torch.maximum(residual, rounded)
         smooth, pulls, made, central = _derivative_at(settings, data, batch.numel(), result, factor)
-    representable = torch.isfinite(z).all(-1) & torch.isfinite(y).all(-1) & torch.isfinite(bound).all(-1) & central
-    status = result.info.status
-    failed = torch.where(status == int(Status.CONVERGED), int(Status.NOT_CONVERGED), status)
-    status = torch.where(representable, status, failed).to(torch.int8)
-    converged = status == int(Status.CONVERGED)
+    reached = torch.cat((z, y, bound) if bounded else (z, y), dim=-1).abs_().amax(-1)
+    representable = (reached < torch.inf) & central
+    status, converged = result.info.status, result.info.converged & representable
+    status = status.masked_fill(result.info.converged > representable, int(Status.NOT_CONVERGED))
 
     def shaped(tensor: Tensor) -> Tensor:  # forward-mode differentiation refuses outputs that are views
         return tensor.to(dtype).reshape(*batch, *tensor.shape[1:]).clone()
 
-    bound, pull_lb, pull_ub = (shaped(t if bounded else t[:, :0]) for t in (bound, *pulls))
+    if bounded:
+        bound, pull_lb, pull_ub = map(shaped, (bound, *pulls))
+    else:
+        bound, pull_lb, pull_ub = (z.new_empty(*batch, 0) for _ in range(3))
     z = shaped(z)
     with transforms.full_precision(z.device):
         s, value = slacks(z, program.G, program.h), optimal_value(z, program.Q, program.p)
@@ -154,7 +156,7 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
         value,
         pull_lb,
         pull_ub,
-        torch.where(converged, result.degenerate, 0).to(torch.int8).reshape(batch),
+        (result.degenerate * converged).reshape(batch),
         result.condition.to(dtype).reshape(batch),
         status.reshape(batch),
         converged.reshape(batch),
@@ -323,7 +325,10 @@ def _derivative_at(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor], tuple[Tensor, ...], Tensor]:
     """Say where the derivative is taken, which bounds pull how, with what factor, and whether there is such a point."""
     if settings.gradient != "smoothed":
-        pulls = ((result.fixed < 0).to(result.z.dtype), (result.fixed > 0).to(result.z.dtype))
+        sides = (
+            (result.fixed < 0, result.fixed > 0) if data.lb is not None or data.ub is not None else (result.fixed,) * 2
+        )
+        pulls = (sides[0].to(result.z.dtype), sides[1].to(result.z.dtype))
         return (), pulls, tuple(result.factor) if factor else (result.active, result.fixed), result.info.converged
     point = settings.solver.solve_barrier(data, batch, settings.smoothing)
     whole = torch.where(point.stiffness > 0, point.stiffness, 1.0)
@@ -409,7 +414,7 @@ def stack_rows(A: Tensor, G: Tensor) -> Tensor:
 
 def _warn_of_degeneracy(degenerate: Tensor) -> bool:
     """Say which problems have no unique derivative; returns whether there are any."""
-    if not checks.host_bool((degenerate != 0).any()):
+    if not checks.host_bool(degenerate.any()):
         return False
     for flag, what in _DEGENERATE.items():
         where = (degenerate & int(flag)) != 0

@@ -38,40 +38,42 @@ class Program(NamedTuple):
         """Keep the programs of `index`; what the batch shares stays shared."""
 
         def pick(tensor: Tensor) -> Tensor:
-            return tensor if tensor.shape[0] == 1 else tensor[index]
+            return tensor if tensor.shape[0] == 1 else tensor.index_select(0, index)
 
         Q, p, E, f, n_eq, reduced = self
-        return Program(pick(Q), pick(p), pick(E), pick(f), n_eq, quadratic.Reduced(*map(pick, reduced)))
+        part = quadratic.Reduced(*map(pick, reduced._replace(projected=reduced.projected[:1])))
+        projected = pick(reduced.projected) if n_eq else part.schur  # without equalities they are the same
+        return Program(pick(Q), pick(p), pick(E), pick(f), n_eq, part._replace(projected=projected))
 
-    def minimum(self, y: Tensor) -> Tensor:  # (k, m) -> (k, n)
-        """Minimise the Lagrangian for given duals: z = −Q⁻¹(p + Eᵀy)."""
-        pulled = quadratic.transposed_matvec(self.E, y)
-        return self.reduced.free - quadratic.cholesky_solve(self.reduced.chol_q, pulled)
+    def minimum(self, dual: Tensor) -> Tensor:  # (k, m) -> (k, n)
+        """Minimise the Lagrangian for given duals, scaled: z = −Q⁻¹(p + Eᵀy)."""
+        lowered = quadratic.matvec(self.reduced.half, dual).add_(self.reduced.lowered)
+        return quadratic.triangular_solve(self.reduced.chol_q, lowered, transposed=True).neg_()
+
+    def gradient(self, z: Tensor, y: Tensor) -> Tensor:  # (k, n), (k, m) -> (k, n)
+        """Evaluate Qz + p + Eᵀy."""
+        curved = quadratic.matvec(self.Q, z).add_(self.p)  # sums that start with p or f would round more
+        return curved.add_(quadratic.transposed_matvec(self.E, y))
+
+    def gap(self, z: Tensor) -> Tensor:  # (k, n) -> (k, m)
+        """Evaluate D(Ez − f)."""
+        return quadratic.matvec(self.E, z).sub_(self.f).mul_(self.reduced.scale)
+
+    def length(self, z: Tensor) -> Tensor:  # (k, n) -> (k,)
+        """Measure |z| in the norm of Q."""
+        return torch.linalg.vector_norm(quadratic.transposed_matvec(self.reduced.chol_q, z), dim=-1)
 
     def residual(self, z: Tensor, y: Tensor) -> Tensor:  # (k, n), (k, m) -> (k,)
         """Measure the relative KKT residual at a point."""
-        return Image.of(self, z, y).residual(self, y)
-
-
-class Image(NamedTuple):
-    """The products of a point with the matrices of its program."""
-
-    gradient: Tensor  # (k, n): Qz + p + Eᵀy
-    rows: Tensor  # (k, m): Ez
-    length: Tensor  # (k,): |z| in the norm of Q
-
-    @staticmethod
-    def of(program: Program, z: Tensor, y: Tensor) -> Image:
-        """Take the three products."""
-        curved = quadratic.matvec(program.Q, z)
-        gradient = curved + program.p + quadratic.transposed_matvec(program.E, y)
-        length = (curved * z).sum(-1).clamp(min=0.0).sqrt()
-        return Image(gradient, quadratic.matvec(program.E, z), length)
-
-    def residual(self, program: Program, y: Tensor) -> Tensor:  # -> (k,)
-        """Measure the relative KKT residual."""
+        dual = y / self.reduced.scale
         return quadratic.relative_residual(
-            program.reduced, program.f, y, program.n_eq, self.gradient, self.rows, self.length
+            self.reduced,
+            self.n_eq,
+            dual,
+            quadratic.largest(dual),
+            self.gradient(z, y),
+            self.gap(z),
+            self.length(z),
         )
 
 
@@ -85,14 +87,18 @@ class ActiveSetPoint(NamedTuple):
     accepted: Tensor  # (k,) bool
     independent: Tensor  # (k,) bool: the active rows do not depend on each other
     weak: Tensor  # (k,) bool: some inequality has neither a dual nor a slack
-    corrected: Tensor  # (k, m): the active set that the signs ask for
+    wrong: Tensor  # (k, m) bool: rows whose signs ask to be active where they are not, and the other way round
+
+    def corrected(self, again: Tensor) -> Tensor:
+        """Give the active sets that the signs ask for, of some programs."""
+        return (self.wrong[again] != self.factor.active[again].bool()).to(self.z.dtype)
 
 
 def solve_on(
     program: Program, active: Tensor, y: Tensor, *, tol: float, sign_tol: float, refine: int, ridge: bool = False
 ) -> ActiveSetPoint:
     """Solve on the active rows, with a ridge next to the duals `y`, and judge the answer by its KKT conditions."""
-    _, _, E, f, n_eq, reduced = program
+    n_eq, reduced = program.n_eq, program.reduced
     if ridge:  # next to the duals at hand; without a ridge there is one answer, and zero data must give exact zeros
         factor = quadratic.factorise_with_ridge(reduced, active, RIDGE)
         independent = torch.ones(active.shape[0], dtype=torch.bool, device=active.device)
@@ -102,26 +108,31 @@ def solve_on(
     else:
         factor, independent = quadratic.factorise(reduced, active)
         dual = quadratic.schur_solve(factor, reduced.violation)
-    y = reduced.scale * dual
-    z = program.minimum(y)
-    image = Image.of(program, z, y)
+    z, y = program.minimum(dual), reduced.scale * dual
     for _ in range(refine):
-        step_z, step_y = quadratic.solve_once(factor, E, -image.gradient, active * (f - image.rows))
-        z, y = z + step_z, y + step_y
-        image = Image.of(program, z, y)
+        lowered = quadratic.triangular_solve(reduced.chol_q, program.gradient(z, y))
+        over = quadratic.transposed_matvec(reduced.half, lowered)
+        step = quadratic.schur_solve(factor, program.gap(z).sub_(over))
+        lowered = lowered.add_(quadratic.matvec(reduced.half, step))  # rows hold better than y can be rounded
+        z = z - quadratic.triangular_solve(reduced.chol_q, lowered, transposed=True)
+        y = torch.addcmul(y, reduced.scale, step)
     dual = y / reduced.scale
-    slack = reduced.scale * (f - image.rows)
-    size = quadratic.magnitude(reduced, f, torch.maximum(image.length, reduced.free_norm))
-    dual_size = torch.maximum(quadratic.largest(dual), quadratic.largest(active * size)).unsqueeze(-1)
-    inequality = torch.arange(active.shape[-1], device=active.device) >= n_eq
-    leave = inequality & (active > 0) & (dual < -sign_tol * dual_size)
-    enter = inequality & (active == 0) & (slack < -sign_tol * size)
-    weak = inequality & (dual.abs() <= _WEAK * dual_size) & (slack.abs() <= _WEAK * size)
-    residual = image.residual(program, y)
-    y = torch.where(inequality, y.clamp(min=0.0), y)
-    accepted = independent & ~(leave | enter).any(-1) & (residual <= tol)
-    corrected = torch.where(leave, 0.0, torch.where(enter, 1.0, active))
-    return ActiveSetPoint(z, y, factor, residual, accepted, independent, weak.any(-1), corrected)
+    gradient, gap, length = program.gradient(z, y), program.gap(z), program.length(z)
+    size = quadratic.magnitude(reduced, torch.maximum(length, reduced.free_norm))
+    longest = quadratic.largest(dual)
+    dual_size = torch.maximum(longest, (active * size).amax(-1)) if active.shape[-1] else longest
+    of_dual = dual / dual_size.clamp_(min=torch.finfo(dual.dtype).tiny).unsqueeze(-1)
+    of_gap = gap / size
+    wrong = torch.lerp(of_gap, -of_dual, active) > sign_tol
+    near = torch.hypot(of_dual, of_gap)
+    if n_eq:  # equalities are active, whatever the sign of their dual
+        wrong[:, :n_eq] = False
+        near = near[:, n_eq:]
+    weak = near.amin(-1) <= _WEAK if near.shape[-1] else torch.zeros_like(independent)
+    residual = quadratic.relative_residual(reduced, n_eq, dual, longest, gradient, gap, length)
+    accepted = torch.gt(independent & (residual <= tol), wrong.any(-1))
+    y[:, n_eq:].clamp_(min=0.0)
+    return ActiveSetPoint(z, y, factor, residual, accepted, independent, weak, wrong)
 
 
 class Answers:
@@ -130,15 +141,22 @@ class Answers:
     def __init__(self, program: Program, batch: int) -> None:
         n, m = program.Q.shape[-1], program.E.shape[-2]
         like = program.reduced.schur
-        self.z = like.new_zeros(batch, n)
-        self.y = like.new_zeros(batch, m)
+        self.sizes = [n, m, m, 1, 1]
+        self._take_apart(like.new_zeros(batch, sum(self.sizes)))
+        self.residual.fill_(torch.inf)
         self.chol_eq, self.across = program.reduced.chol_eq, program.reduced.across
         self.chol_ineq: Tensor | None = None
-        self.active = like.new_zeros(batch, m)
-        self.residual = like.new_full((batch,), torch.inf)
         self.iterations = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.status = torch.full((batch,), int(Status.NOT_CONVERGED), dtype=torch.int8, device=like.device)
-        self.degenerate = torch.zeros(batch, dtype=torch.int8, device=like.device)  # numbers of `Degeneracy`
+        self.steps = 0  # the most iterations of any program
+        self.dependent = False  # whether the active rows of any program depend on each other
+        self.surrendered = False  # whether any program was given up
+
+    def _take_apart(self, found: Tensor) -> None:
+        """Keep all that was found in one tensor, so that writing some programs down is one operation."""
+        self.found = found
+        self.z, self.y, self.active, residual, degenerate = found.split(self.sizes, dim=-1)
+        self.residual, self.degenerate = residual.squeeze(-1), degenerate.squeeze(-1)  # the latter of `Degeneracy`
 
     def factor(self, program: Program) -> quadratic.Factor:
         """Give the factors on the active sets of all programs; that of a failed program is of no use."""
@@ -164,17 +182,33 @@ class Answers:
         rounds: int = 4,
     ) -> Tensor:
         """Solve the programs of `index`, correcting their active sets; returns the positions not settled."""
-        settled = torch.zeros(index.shape[0], dtype=torch.bool, device=index.device)
-        rows = torch.arange(index.shape[0], device=index.device)
-        for _ in range(rounds):
+        every: Tensor | None = None  # the positions at work; None: all of them
+        lost: list[Tensor] = []  # those whose active rows depend on each other
+        for left in reversed(range(rounds)):
             point = solve_on(program, active, y, tol=tol, sign_tol=sign_tol, refine=refine)
-            self._keep(index[rows], point, point.accepted)
-            settled[rows] = point.accepted
-            again = (~point.accepted & point.independent).nonzero().squeeze(-1)
+            good = point.accepted.nonzero().squeeze(-1)
+            count = point.accepted.shape[0]
+            if good.numel() == count:
+                self._keep(index if every is None else index[every], point, None)
+                break
+            if good.numel():
+                self._keep(index if every is None else index[every], point, good)
+            again = torch.gt(point.independent, point.accepted).nonzero().squeeze(-1)
+            if good.numel() + again.numel() < count:
+                hopeless = (point.independent | point.accepted).logical_not().nonzero().squeeze(-1)
+                lost.append(hopeless if every is None else every[hopeless])
             if not again.numel():
                 break
-            rows, program, active, y = rows[again], program.take(again), point.corrected[again], point.y[again]
-        return (~settled).nonzero().squeeze(-1)
+            at = again if every is None else every[again]
+            if not left:
+                lost.append(at)
+                break
+            if again.numel() < count:
+                program = program.take(again)
+            every, active, y = at, point.corrected(again), point.y[again]
+        if not lost:
+            return index[:0]
+        return lost[0] if len(lost) == 1 else torch.cat(lost).sort().values
 
     def settle_dependent(self, program: Program, index: Tensor, active: Tensor, y: Tensor, *, tol: float) -> Tensor:
         """Settle programs whose active rows depend on each other; returns the positions not settled.
@@ -196,7 +230,7 @@ class Answers:
         """End with the programs that no active set settles: proven infeasible, good enough as they are, or failed."""
         point = solve_on(program, active, y, tol=tol, sign_tol=torch.inf, refine=REFINE_DEPENDENT, ridge=True)
         infeasible = _contradict(program, y)
-        z = program.minimum(y)
+        z = program.minimum(y / program.reduced.scale)
         residual = program.residual(z, y)
         better = residual < point.residual
         point = point._replace(
@@ -208,38 +242,38 @@ class Answers:
         self._keep_dependent(index, point, good)
         rows = (~good).nonzero().squeeze(-1)
         to = index[rows]
+        self.surrendered = True
         self.z[to], self.y[to], self.residual[to] = point.z[rows], point.y[rows], point.residual[rows]
         failed = torch.where(infeasible, int(Status.INFEASIBLE), int(Status.NOT_CONVERGED))
         self.status[to] = failed[rows].to(torch.int8)
 
     def _keep_dependent(self, index: Tensor, point: ActiveSetPoint, where: Tensor) -> None:
         """Write down points on active rows that depend on each other, with the whole of their factor."""
-        self._keep(index, point, where)
         rows = where.nonzero().squeeze(-1)
         if not rows.numel():
             return
+        self._keep(index, point, rows)
+        self.dependent = True
         to, batch = index[rows], self.z.shape[0]
         self.degenerate[to] = int(Degeneracy.DEPENDENT)
         self.chol_eq = self.chol_eq.expand(batch, -1, -1).index_copy(0, to, point.factor.chol_eq[rows])
         self.across = self.across.expand(batch, -1, -1).index_copy(0, to, point.factor.across[rows])
 
-    def _keep(self, index: Tensor, point: ActiveSetPoint, where: Tensor) -> None:
-        """Write down the accepted points."""
-        rows = where.nonzero().squeeze(-1)
-        if not rows.numel():
+    def _keep(self, index: Tensor, point: ActiveSetPoint, rows: Tensor | None) -> None:
+        """Write down the points of some rows, all accepted; None: of all of them."""
+        found = (point.z, point.y, point.factor.active, point.residual.unsqueeze(-1), point.weak.unsqueeze(-1))
+        new = torch.cat(found, dim=-1)
+        if rows is None and index.shape[0] == self.z.shape[0]:  # all at once, in their order: nothing to copy
+            self.chol_ineq, self.status = point.factor.chol_ineq, torch.full_like(self.status, int(Status.CONVERGED))
+            self._take_apart(new)
             return
-        to = index[rows]
-        if rows.numel() == self.z.shape[0]:  # all at once: nothing to copy
-            self.chol_ineq = point.factor.chol_ineq
+        self.chol_ineq = self._room() if self.chol_ineq is None else self.chol_ineq
+        if rows is None:
+            self.chol_ineq[index], self.found[index] = point.factor.chol_ineq, new
         else:
-            self.chol_ineq = self._room() if self.chol_ineq is None else self.chol_ineq
-            self.chol_ineq[to] = point.factor.chol_ineq[rows]
-        self.z[to] = point.z[rows]
-        self.y[to] = point.y[rows]
-        self.active[to] = point.factor.active[rows]
-        self.residual[to] = point.residual[rows]
-        self.status[to] = int(Status.CONVERGED)
-        self.degenerate[to] = point.weak[rows].to(torch.int8) * int(Degeneracy.WEAK)
+            index = index[rows]
+            self.chol_ineq[index], self.found[index] = point.factor.chol_ineq[rows], new[rows]
+        self.status[index] = int(Status.CONVERGED)
 
 
 def _contradict(program: Program, y: Tensor) -> Tensor:  # -> (k,) bool
@@ -261,7 +295,7 @@ def _contradict(program: Program, y: Tensor) -> Tensor:  # -> (k,) bool
         pulled = quadratic.transposed_matvec(program.E, reduced.scale * dual)
         length = torch.linalg.vector_norm(quadratic.triangular_solve(reduced.chol_q, pulled), dim=-1)
         depth = (dual * reduced.violation).sum(-1)
-        rounding = 1e-14 * (dual.abs() * quadratic.magnitude(reduced, program.f, reduced.free_norm)).sum(-1)
+        rounding = 1e-14 * (dual.abs() * quadratic.magnitude(reduced, reduced.free_norm)).sum(-1)
         proven = proven | ((depth > rounding) & (depth >= far * length))
         dual = RIDGE * quadratic.schur_solve(factor, dual)  # towards Eᵀy = 0
         dual = _unit(torch.where(inequality, dual.clamp(min=0.0), dual))

@@ -16,7 +16,6 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.kkt.program import Data, Program
 from implicit_layers.solvers import condensed_path
-from implicit_layers.solvers.condensed_path import State
 
 _SHRINK = 0.1  # of λ∘s in one step, on the way to μ
 
@@ -54,11 +53,9 @@ def solve(data: Data, batch: int, mu: Tensor, max_iter: int, check_every: int) -
         now = torch.maximum(reached.infeasibility, off)
         better = now < residual
         residual = torch.where(better, now, residual)
-        best = State(
-            *(
-                torch.where(better if a.ndim == 1 else better.unsqueeze(-1), a, b)
-                for a, b in zip(state, best, strict=True)
-            )
+        best = best._replace(
+            point=torch.where(better.unsqueeze(-1), state.point, best.point),
+            iterations=torch.where(better, state.iterations, best.iterations),
         )
         running = (residual > tol) & state.stuck.logical_not()
         if count == max_iter or (check_every and count % check_every == 0 and not checks.host_bool(running.any())):

@@ -32,17 +32,44 @@ _PATIENCE = 12  # so many iterations without gain, too
 class State(NamedTuple):
     """Where the path is, one entry a program, in scaled units; duals times `balance`."""
 
-    z: Tensor  # (k, n)
-    nu: Tensor  # (k, n_eq)
-    s: Tensor  # (k, c): slacks of the cone, 1 where there is no constraint
-    lam: Tensor  # (k, c): their duals, 0 where there is no constraint
+    point: Tensor  # (k, n + 2c + n_eq): z, s, λ, ν side by side, so that a step is one operation
+    offset: Tensor  # (k, c): o of the cone, 0 where there is no constraint
     there: Tensor  # (k, c): 1 where there is a constraint, else 0
+    share: Tensor  # (k, 1): 1 over the number of constraints
+    free: Tensor  # (k, n): 1, but 0 where an unknown is pinned
     balance: Tensor  # (k, 1): what makes duals about as large as slacks
     caution: Tensor  # (k,): factor on ρ and δ, raised where the Cholesky factor breaks down
     iterations: Tensor  # (k,) int64
     stuck: Tensor  # (k,) bool
     best: Tensor  # (k,): the smallest merit so far
     since: Tensor  # (k,) int64: iterations since it was last made smaller
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cut the point into z, s, λ and ν."""
+        n, c = self.free.shape[-1], self.there.shape[-1]
+        z, s, lam, nu = self.point.split([n, c, c, self.point.shape[-1] - n - 2 * c], dim=-1)
+        return z, s, lam, nu
+
+    @property
+    def z(self) -> Tensor:  # (k, n)
+        """The unknowns."""
+        return self.parts[0]
+
+    @property
+    def s(self) -> Tensor:  # (k, c)
+        """Slacks of the cone, 1 where there is no constraint."""
+        return self.parts[1]
+
+    @property
+    def lam(self) -> Tensor:  # (k, c)
+        """Their duals, 0 where there is no constraint."""
+        return self.parts[2]
+
+    @property
+    def nu(self) -> Tensor:  # (k, n_eq)
+        """The duals of the equalities."""
+        return self.parts[3]
 
     def take(self, index: Tensor) -> State:
         """Keep some programs."""
@@ -95,9 +122,14 @@ def duals(program: Program, state: State) -> tuple[Tensor, Tensor]:
 def _split(program: Program, nu: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """Cut the duals of the cone: (k, m) of all rows, (k, n) of the bounds."""
     if not program.bounded:
-        return torch.cat([nu, lam], dim=-1), nu.new_zeros(1, 1).expand(nu.shape[0], program.Q.shape[-1])
+        return _joined(nu, lam), nu.new_zeros(1, 1).expand(nu.shape[0], program.Q.shape[-1])
     rows, lower, upper = split_cone(program, lam)
-    return torch.cat([nu, rows], dim=-1), upper - lower
+    return _joined(nu, rows), upper - lower
+
+
+def _joined(equalities: Tensor, inequalities: Tensor) -> Tensor:
+    """Undo `split_rows`."""
+    return torch.cat([equalities, inequalities], dim=-1) if equalities.shape[-1] else inequalities
 
 
 def point(program: Program, state: State) -> Point:
@@ -145,11 +177,11 @@ def start(program: Program, batch: int) -> State:
     height = torch.maximum(quadratic.largest(gradient).unsqueeze(-1), 0.1 * unit)
     lam = there * torch.where(there > 0, height * margin / s, 0.0).clamp(max=1e3 * height)
     return State(
-        z,
-        p.new_zeros(batch, n_eq),
-        s,
-        lam,
+        torch.cat([z, s, lam, p.new_zeros(batch, n_eq)], dim=-1),
+        offset,
         there,
+        1.0 / there.sum(-1, keepdim=True).clamp(min=1.0),
+        free,
         balance,
         p.new_ones(batch),
         torch.zeros(batch, dtype=torch.int64, device=device),
@@ -160,10 +192,15 @@ def start(program: Program, batch: int) -> State:
 
 
 class Progress(NamedTuple):
-    """How far a state is: what a step needs, and its judgement."""
+    """How far a state is, its judgement, and what a step needs of it."""
 
     measure: Tensor  # (k,): mean of λ∘s relative to the units of the program
     infeasibility: Tensor  # (k,): of the linear equations, relative
+    product: Tensor  # (k, c): λ∘s
+    total: Tensor  # (k, 1): its sum
+    slope: Tensor  # (k, n): stationarity
+    row_gap: Tensor  # (k, n_eq): Az − c∘ν − b
+    cone_gap: Tensor  # (k, c): o − C z + c∘λ − s
 
     def take(self, index: Tensor) -> Progress:
         """Keep some programs."""
@@ -172,129 +209,132 @@ class Progress(NamedTuple):
 
 def progress(program: Program, state: State) -> Progress:
     """Measure complementarity and infeasibility of a state."""
-    z, units, n_eq = state.z, program.units, program.n_eq
-    largest = quadratic.largest
-    y, bound = _split(program, state.nu, state.lam)
+    units, n_eq, balance = program.units, program.n_eq, state.balance
+    z, s, lam, nu = state.parts
+    y, bound = _split(program, nu, lam)
     curved, image = quadratic.matvec(program.Q, z), quadratic.matvec(program.E, z)
     pulled = quadratic.transposed_matvec(program.E, y)
-    stationarity = torch.where(program.pinned, 0.0, state.balance * (curved + program.p) + pulled + bound)
-    balance = state.balance.squeeze(-1)
-    parts = (balance * largest(curved), largest(pulled), largest(bound), balance * units.dual)
-    dual = torch.stack(torch.broadcast_tensors(*parts)).amax(0)
+    largest = quadratic.largest
+    dual = torch.maximum(largest(curved), units.dual).mul_(balance.squeeze(-1))
+    dual = torch.maximum(dual, largest(pulled))
+    slope = torch.addcmul(pulled, balance, curved.add_(program.p))
+    if program.bounded:
+        dual = torch.maximum(dual, largest(bound))
+        slope = slope.add_(bound).mul_(state.free)
     length = torch.linalg.vector_norm(z, dim=-1)
     unit = torch.maximum(length, units.least)
-    measure = mean_product(state) / (dual * unit)
-    yielded = program.compliance * y / state.balance
-    f_eq, _ = split_rows(program, program.f)
-    terms = f_eq.abs() + torch.maximum(length, 1e-5 * units.primal).unsqueeze(-1)
-    rows = (split_rows(program, image - yielded)[0] - f_eq) / terms
-    offset, _ = _cone_offset(program, z.shape[0])
-    soft = torch.nn.functional.pad(split_rows(program, yielded)[1], (0, state.s.shape[-1] - yielded.shape[-1] + n_eq))
-    off = state.there * (offset - cone_image(program, z, image) + soft - state.s)
-    off = off / torch.maximum(state.s, unit.unsqueeze(-1))
-    errors = (largest(stationarity) / dual, largest(rows), largest(off))
-    return Progress(measure, torch.stack(torch.broadcast_tensors(*errors)).amax(0))
+    product = lam * s
+    total = product.sum(-1, keepdim=True)
+    measure = (total * state.share).squeeze(-1) / (dual * unit)
+    gap = (state.offset - s).sub_(cone_image(program, z, image))
+    row_gap, _ = split_rows(program, image)
+    if program.elastic:
+        yielded = program.compliance * y / balance
+        of_rows, of_cone = split_rows(program, yielded)
+        gap = gap + torch.nn.functional.pad(of_cone, (0, s.shape[-1] - of_cone.shape[-1]))
+        row_gap = row_gap - of_rows
+    gap = gap.mul_(state.there)
+    off = largest(slope) / dual
+    if gap.shape[-1]:
+        off = torch.maximum(off, largest(gap / torch.maximum(s, unit.unsqueeze(-1))))
+    if n_eq:
+        side, _ = split_rows(program, program.f)
+        row_gap = row_gap - side
+        terms = side.abs() + torch.maximum(length, 1e-5 * units.primal).unsqueeze(-1)
+        off = torch.maximum(off, largest(row_gap / terms))
+    return Progress(measure, off, product, total, slope, row_gap, gap)
 
 
 def mean_product(state: State) -> Tensor:  # -> (k,)
     """Average λ∘s over the constraints that are there."""
-    return _mean(state, state.lam * state.s)
-
-
-def _mean(state: State, products: Tensor) -> Tensor:  # (k, c) -> (k,)
-    """Average over the constraints that are there; 0 where there are none."""
-    return (state.there * products).sum(-1) / state.there.sum(-1).clamp(min=1.0)
+    _, s, lam, _ = state.parts
+    return ((lam * s).sum(-1, keepdim=True) * state.share).squeeze(-1)
 
 
 def step(program: Program, state: State, running: Tensor, reached: Progress, barrier: Tensor | None = None) -> State:
-    """Take one predictor–corrector step where `running`; towards λ∘s = barrier (k, 1) where that is given."""
-    z, nu, s, lam, there, balance, caution, iterations, stuck, best, since = state
-    measure = reached.measure
-    n, n_eq, batch = z.shape[-1], program.n_eq, z.shape[0]
-    n_ineq = program.E.shape[-2] - n_eq
-    rho_range, delta_range = _RHO[z.dtype], _DELTA[z.dtype]
-    near = 1e-2 * measure
-    rho = (caution * near.clamp(*rho_range)).unsqueeze(-1)
-    delta = (caution * near.clamp(*delta_range)).unsqueeze(-1)
-    compliance = program.compliance.expand(-1, n_eq + n_ineq) / balance
-    eq_c, rows_c = split_rows(program, compliance)
-    cone_c = torch.nn.functional.pad(rows_c, (0, s.shape[-1] - n_ineq))
-    free = (program.pinned.logical_not()).to(z.dtype).expand(batch, n)
+    """Take one predictor–corrector step where `running`; towards λ∘s = barrier (k, 1) where that is given.
 
-    y, bound = _split(program, nu, lam)
-    image = quadratic.matvec(program.E, z)
-    pulled = quadratic.transposed_matvec(program.E, y)
-    r_d = -free * (balance * (quadratic.matvec(program.Q, z) + program.p) + pulled + bound)
-    r_e = split_rows(program, program.f - image)[0] + eq_c * nu
-    offset, _ = _cone_offset(program, batch)
-    r_i = there * (offset - cone_image(program, z, image) + cone_c * lam - s)
-    safe = torch.where(there > 0, lam, 1.0)
-    ratio = s / safe
-    W = there / (ratio + delta + cone_c)
-    weight_e = (1.0 / (delta + eq_c)).expand(batch, n_eq)
-    diagonal = rho.expand(batch, n)
-    W_rows = W
+    The predictor's length and what it leaves of λ∘s as in `dual_path`: with a = Δλ/λ, a + Δs/s = −1.
+    """
+    point, _, there, share, free, balance, caution, iterations, stuck, best, since = state
+    _, s, lam, _ = state.parts
+    product, total, slope, row_gap, cone_gap = reached[2:]
+    (batch, n), n_eq = free.shape, program.n_eq
+    rho_range, delta_range = _RHO[s.dtype], _DELTA[s.dtype]
+    near = 1e-2 * reached.measure
+    rho = near.clamp(*rho_range).mul_(caution).unsqueeze(-1)
+    delta = near.clamp(*delta_range).mul_(caution).unsqueeze(-1)
+    soft_e, soft = delta, delta
+    if program.elastic:
+        compliance = program.compliance.expand(-1, program.E.shape[-2]) / balance
+        of_rows, rows_c = split_rows(program, compliance)
+        soft_e = delta + of_rows
+        soft = delta + torch.nn.functional.pad(rows_c, (0, s.shape[-1] - rows_c.shape[-1]))
+
+    safe = lam + (1.0 - there)
+    W = there / torch.addcdiv(soft, s, safe)
+    weight_e = (1.0 / soft_e).expand(batch, n_eq)
+    diagonal, W_rows = rho.expand(batch, n), W
     if program.bounded:
         W_rows, W_lower, W_upper = split_cone(program, W)
-        diagonal = diagonal + W_lower + W_upper
-    H = condensed.assemble(program, torch.cat([weight_e, W_rows], dim=-1), diagonal, free, balance)
+        diagonal = rho + W_lower + W_upper
+    weight = _joined(weight_e, W_rows)
+    H = condensed.assemble(program, weight, diagonal, free if program.bounded else None, balance)
     chol, info = torch.linalg.cholesky_ex(H)
 
-    def direction(r_c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wanted = r_i - r_c / safe
-        w_y, w_bound = _split(program, weight_e * r_e, W * wanted)
-        right = r_d + quadratic.transposed_matvec(program.E, w_y) + w_bound
-        d_z = quadratic.cholesky_solve(chol, free * right)
+    def direction(wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (k, c) to changes of z, λ and A z
+        pushed = W * wanted
+        w_y, w_bound = _split(program, -weight_e * row_gap if n_eq else row_gap, pushed)
+        right = quadratic.transposed_matvec(program.E, w_y).sub_(slope)
+        if program.bounded:
+            right = right.add_(w_bound).mul_(free)
+        d_z = quadratic.cholesky_solve(chol, right)
+        if program.bounded:
+            d_z = d_z * free
         moved = quadratic.matvec(program.E, d_z)
-        d_nu = weight_e * (split_rows(program, moved)[0] - r_e)
-        d_lam = W * (cone_image(program, d_z, moved) - wanted)
-        return d_z, d_nu, d_lam, there * (r_c - s * d_lam) / safe
+        return d_z, (cone_image(program, d_z, moved) * W).sub_(pushed), split_rows(program, moved)[0]
 
-    product = s * lam
-    if barrier is None:
-        mean = _mean(state, product)
-        _, _, d_lam, d_s = direction(-product)
-        length = _longest(state, d_lam, d_s).clamp(max=1.0).unsqueeze(-1)
-        affine = _mean(state, (lam + length * d_lam) * (s + length * d_s))
-        centre = ((affine / mean.clamp(min=torch.finfo(z.dtype).tiny)).clamp(0.0, 1.0) ** 3 * mean).unsqueeze(-1)
-        r_c = there * (centre - product - d_lam * d_s)
+    if not s.shape[-1]:
+        push = product
+    elif barrier is None:
+        _, d_lam, _ = direction(cone_gap + s)
+        a = d_lam / safe
+        bend = torch.addcmul(a, a, a)
+        steepest = bend.amax(-1, keepdim=True).clamp_(min=0.0).add_(0.25).sqrt_().add_(0.5)
+        bend *= product
+        left = torch.addcdiv(total, bend.sum(-1, keepdim=True), steepest)
+        left = torch.addcdiv(total, left, steepest, value=-1.0) / total.clamp(min=torch.finfo(s.dtype).tiny)
+        centre = (left.clamp_(0.0, 1.0) ** 3).mul_(total).mul_(share)
+        push = torch.addcmul(bend.sub_(product), there, centre)  # what λΔs + sΔλ has to be
     else:
-        r_c = there * (barrier - product)
-    d_z, d_nu, d_lam, d_s = direction(r_c)
-    length = (_TO_BOUNDARY * _longest(state, d_lam, d_s)).clamp(max=1.0)
-    sound = (info == 0) & torch.isfinite(d_z).all(-1) & torch.isfinite(d_lam).all(-1)
-    ok = sound & (length > _SHORTEST)
-    move = (running & ok).unsqueeze(-1)
-    length = torch.where(move, length.unsqueeze(-1), 0.0)
-
-    def forward(value: Tensor, change: Tensor) -> Tensor:
-        return torch.where(move, value + length * change, value)
-
-    broken = running & sound.logical_not()
-    caution = torch.where(broken, caution * 100.0, torch.where(running, (caution * 0.3).clamp(min=1.0), caution))
-    merit = torch.maximum(measure, reached.infeasibility)
+        push = there * barrier - product
+    d_z, d_lam, moved = direction(torch.addcdiv(cone_gap, push, safe, value=-1.0))
+    d_s = torch.addcmul(push, s, d_lam, value=-1.0).div_(safe)
+    change = [d_z, d_s, d_lam]
+    if n_eq:
+        change.append((moved + row_gap).mul_(weight_e))
+    if s.shape[-1]:
+        lowest = torch.minimum(d_lam / safe, d_s / s).amin(-1)
+        sound = torch.gt(lowest > -torch.inf, info)  # info is 0 where there is a factor; NaN is never greater
+    else:
+        lowest, sound = torch.zeros_like(caution), (info == 0) & torch.isfinite(d_z).all(-1)
+    ok = sound & (lowest > -_TO_BOUNDARY / _SHORTEST)
+    move = running & ok
+    length = lowest.clamp(max=-_TO_BOUNDARY).unsqueeze(-1)
+    there_to = torch.addcdiv(point, torch.cat(change, dim=-1), length, value=-_TO_BOUNDARY)
+    moderate = (caution * torch.where(sound, 0.3, 100.0)).clamp_(min=1.0)
+    moderate = torch.where(running, moderate, caution)
+    merit = torch.maximum(reached.measure, reached.infeasibility)
     gains = merit < 0.9 * best
-    best, since = torch.where(gains, merit, best), torch.where(gains, 0, since + running)
-    stuck = stuck | (since > _PATIENCE) if barrier is None else stuck
-    return State(
-        forward(z, d_z),
-        forward(nu, d_nu),
-        forward(s, d_s),
-        forward(lam, d_lam),
-        there,
-        balance,
-        caution,
-        iterations + running,
-        stuck | (running & sound & ok.logical_not()) | (broken & (caution > 1e8)),
-        best,
-        since,
+    since = torch.where(gains, 0, since + running)
+    if barrier is None:
+        stuck = stuck | (since > _PATIENCE)
+    helpless = (sound | (moderate > 1e8)) > ok  # a step that is too short, or none in spite of all caution
+    return state._replace(
+        point=torch.where(move.unsqueeze(-1), there_to, point),
+        caution=moderate,
+        iterations=iterations + running,
+        stuck=stuck | (running & helpless),
+        best=torch.where(gains, merit, best),
+        since=since,
     )
-
-
-def _longest(state: State, d_lam: Tensor, d_s: Tensor) -> Tensor:  # -> (k,)
-    """Step length to the boundary of λ, s ≥ 0; NaN where a step is NaN, which no comparison accepts."""
-    if state.s.shape[-1] == 0:
-        return state.z.new_full((state.z.shape[0],), torch.inf)
-    safe = torch.where(state.there > 0, state.lam, 1.0)
-    steepest = torch.maximum(-d_lam / safe, -d_s / state.s).amax(-1)
-    return 1.0 / steepest.clamp(min=torch.finfo(d_s.dtype).tiny)

@@ -158,13 +158,17 @@ def solve(program: Program, batch: int, settings: Settings, begin: ActiveSet | N
         tried = Guess(active, fixed, torch.zeros_like(state.z), torch.zeros_like(active))
         outcome, left = _settle(program, index, state, tried, phases[0], settings, outcome)
         index, program, state = index[left], program.take(left), state.take(left)
+    steps = 0
     for phase in phases:
         if not index.numel():
             return outcome
-        state = _advance(program, state, phase.measure, settings)
+        state, steps = _advance(program, state, phase.measure, settings, steps)
         tried = condensed_end.guess(program, state, balanced=phase.balanced, near=phase.near)
         outcome, left = _settle(program, index, state, tried, phase, settings, outcome)
-        index, program, state = index[left], program.take(left), state.take(left)
+        if not left.numel():
+            return outcome
+        if left.numel() < index.numel():
+            index, program, state = index[left], program.take(left), state.take(left)
     return outcome.put(index, as_it_is(program, state), state.iterations) if index.numel() else outcome
 
 
@@ -271,20 +275,25 @@ def _running(reached: condensed_path.Progress, target: float, state: State) -> T
     return (done | state.stuck).logical_not()
 
 
-def _advance(program: Program, state: State, target: float, settings: Settings) -> State:
-    """Iterate until every program has reached the target, or cannot go on."""
+def _advance(program: Program, state: State, target: float, settings: Settings, steps: int) -> tuple[State, int]:
+    """Iterate until every program has reached the target, or cannot go on; also the most iterations of any program.
+
+    No program has had more than `steps` iterations before.
+    """
     whole, rows = state, None
     part = program
     count = 0
     while True:
         reached = condensed_path.progress(part, state)
-        running = _running(reached, target, state) & (state.iterations < settings.max_iter)
+        running = _running(reached, target, state)
+        if steps + count >= settings.max_iter:
+            running = running & (state.iterations < settings.max_iter)
         if count % settings.check_every == 0:
             at_work = checks.host_int(running.sum())
             if at_work == 0 or at_work <= 0.75 * running.shape[0]:
                 whole = state if rows is None else whole.put(rows, state)
                 if at_work == 0:
-                    return whole
+                    return whole, steps + count
                 pick = running.nonzero().squeeze(-1)
                 rows = pick if rows is None else rows[pick]
                 part, state, running = part.take(pick), state.take(pick), running[pick]

@@ -84,7 +84,7 @@ def _solve_inequalities(program: Program, answers: Answers, tol: float, max_iter
         )
         path.keep(left)
         program = path.program
-    inside = (path.w >= 0.0).all(-1).nonzero().squeeze(-1)  # no inequality is violated without inequalities
+    inside = path.inside[path.index].nonzero().squeeze(-1)
     if inside.numel():
         equalities = path.equality.expand(inside.shape[0], -1)
         part = program.take(inside)
@@ -96,7 +96,11 @@ def _solve_inequalities(program: Program, answers: Answers, tol: float, max_iter
         if not path.index.numel():
             return
         path.advance(phase.measure, max_iter)
-        answers.iterations[path.index] = path.iterations
+        answers.steps = path.steps
+        if path.index.shape[0] == answers.iterations.shape[0]:
+            answers.iterations = path.iterations
+        else:
+            answers.iterations[path.index] = path.iterations
         guess, duals = path.active(balanced=phase.balanced), path.duals()
         left = answers.settle(
             path.program,
@@ -133,33 +137,44 @@ class _CentralPath:
         self.index = torch.arange(batch, device=program.Q.device)
         reduced, n_eq = program.reduced, program.n_eq
         self.R = reduced.projected
-        half = quadratic.triangular_solve(reduced.chol_eq, reduced.violation[:, :n_eq])
-        w = quadratic.transposed_matvec(reduced.across, half) - reduced.violation[:, n_eq:]
-        violation = (-w).amax(-1)
-        self.unit = torch.where(violation > 0, violation, 1.0)[:, None]
+        w = -reduced.violation[:, n_eq:]
+        if n_eq:
+            half = quadratic.triangular_solve(reduced.chol_eq, reduced.violation[:, :n_eq])
+            w = quadratic.transposed_matvec(reduced.across, half) + w
+        least = w.amin(-1, keepdim=True)
+        self.unit = torch.where(least < 0, -least, 1.0)
         self.w = (w / self.unit).expand(batch, -1)
         self.unit = self.unit.expand(batch, -1)
-        self.s = self.lam = self.w
+        self.inside = (least >= 0.0).squeeze(-1).expand(batch)  # no inequality is violated without inequalities
+        self.point = torch.stack((self.w, self.w))  # (2, k, m_ineq): λ and s
         self.equality = torch.cat([self.R.new_ones(1, n_eq), self.R.new_zeros(1, self.R.shape[-1])], dim=-1)  # (1, m)
         self.iterations = torch.zeros(batch, dtype=torch.int64, device=self.R.device)
-        self.stuck = torch.zeros(batch, dtype=torch.bool, device=self.R.device)
+        self.alive = torch.ones(batch, dtype=torch.bool, device=self.R.device)  # False: the iteration is stuck
+        self.steps = 0  # the most iterations of any program
 
     def begin(self) -> None:
         """Choose the first λ and s, well off zero."""
         shifted = self.R.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(1.0)
         near = self.w.clamp(max=1.0)  # a row far from its bound must not move the others
-        start = quadratic.cholesky_solve(torch.linalg.cholesky_ex(shifted)[0], -near)
-        highest = start.amax(-1)
-        margin = torch.where(highest > 0, highest, 1.0)[:, None]
-        self.s = (-start).clamp(min=0.0) + margin + (self.w - near)
-        self.lam = start.clamp(min=0.0) + margin * (margin / self.s)  # rows far from their bound start centred
+        below = quadratic.cholesky_solve(torch.linalg.cholesky_ex(shifted)[0], near)
+        lowest = below.amin(-1, keepdim=True)
+        margin = torch.where(lowest < 0, -lowest, 1.0)
+        slack = below.clamp(min=0.0)
+        s = slack + margin + (self.w - near)
+        self.point = torch.stack((torch.addcdiv(slack - below, margin, s / margin), s))  # rows far off start centred
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the programs only."""
+        if rows.shape[0] == self.index.shape[0]:  # positions increase, so these are all of them
+            return
+        if not rows.shape[0]:
+            self.index = self.index[:0]
+            return
         self.program = self.program.take(rows)
         self.R = self.program.reduced.projected
-        for name in ("index", "unit", "w", "lam", "s", "iterations", "stuck"):
+        self.point = self.point[:, rows]
+        for name in ("index", "unit", "w", "iterations", "alive"):
             setattr(self, name, getattr(self, name)[rows])
 
     def active(self, *, balanced: bool) -> Tensor:  # (k, m)
@@ -168,72 +183,113 @@ class _CentralPath:
         Balanced, each is measured by the largest of its kind, which is right for ill-conditioned programs; otherwise
         by no less than 1, which is right where all slacks vanish. Slacks beyond the largest violation do not count.
         """
-        floor = 0.0 if balanced else 1.0
-        dual_scale = self.lam.amax(-1, keepdim=True).clamp(min=floor)
-        slack_scale = self.s.clamp(max=1.0).amax(-1, keepdim=True).clamp(min=floor)
-        guess = (self.lam * slack_scale > self.s * dual_scale).to(self.lam.dtype)
+        lam, s = self.point.unbind()
+        dual_scale = lam.amax(-1, keepdim=True)
+        slack_scale = s.amax(-1, keepdim=True).clamp(max=1.0)
+        if not balanced:
+            dual_scale, slack_scale = dual_scale.clamp(min=1.0), slack_scale.clamp(min=1.0)
+        guess = torch.gt(lam * slack_scale, s * dual_scale).to(lam.dtype)
+        if not self.program.n_eq:
+            return guess
         return torch.cat([guess.new_ones(guess.shape[0], self.program.n_eq), guess], dim=-1)
 
     def duals(self) -> Tensor:  # (k, m)
         """Give the duals of all rows, unscaled: ν from the equality rows for the λ at hand."""
         n_eq, reduced = self.program.n_eq, self.program.reduced
-        lam = self.unit * self.lam
+        lam = self.unit * self.point[0]
+        if not n_eq:
+            return reduced.scale * lam
         right = reduced.violation[:, :n_eq] - quadratic.matvec(reduced.schur[:, :n_eq, n_eq:], lam)
         return reduced.scale * torch.cat([quadratic.cholesky_solve(reduced.chol_eq, right), lam], dim=-1)
 
     def advance(self, target: float, max_iter: int) -> None:
-        """Iterate until the duality measure of every program is below `target`, or it is stuck."""
+        """Iterate until the duality measure of every program is below `target`, or it is stuck.
+
+        Infeasibility is looked at only once a measure is low enough; as long as all go on, nothing is masked.
+        """
         rows: Tensor | None = None  # the programs at work; None: all of them
-        R, w, lam, s, count, stuck = self.R, self.w, self.lam, self.s, self.iterations, self.stuck
+        R, m, tol = self.R, self.w.shape[-1], 1e-2 * target**0.5
+        w, point = self.w.unsqueeze(-1), self.point.unsqueeze(-1)  # columns throughout: (k, m, 1), (2, k, m, 1)
+        count, alive = self.iterations[:, None, None], self.alive[:, None, None]
+        more = 0  # iterations of all at work that are not in their counts yet
         while True:
-            measure = (lam * s).mean(-1)
-            infeasibility = quadratic.matvec(R, lam) + w - s
-            off = (infeasibility.abs() / s.clamp(min=1.0)).amax(-1)
-            reached = (measure <= target) & (off <= 1e-2 * target**0.5)
-            running = ~reached & ~stuck & (count < max_iter)
-            at_work = checks.host_int(running.sum())
-            if at_work == 0 or at_work <= 0.75 * running.shape[0]:
-                if rows is None:
-                    self.lam, self.s, self.iterations, self.stuck = lam, s, count, stuck
-                else:
-                    self.lam[rows], self.s[rows], self.iterations[rows], self.stuck[rows] = lam, s, count, stuck
+            lam, s = point.unbind()
+            product = lam * s
+            total = product.sum(-2, keepdim=True)
+            right = _right(R, w, lam)
+            running = alive > (total <= target * m)
+            everyone = self.steps < max_iter and checks.host_int(running.sum()) == running.shape[0]
+            if not everyone:
+                count, more = count + more, 0
+                off = ((right + s) / s.clamp(min=1.0)).abs_().amax(-2, keepdim=True)
+                running = alive > ((total <= target * m) & (off <= tol))
+                running = running & (count < max_iter)
+                at_work = checks.host_int(running.sum())
+                everyone = at_work == running.shape[0]
+            if not everyone and (at_work == 0 or at_work <= 0.75 * running.shape[0]):
+                self._write(rows, point, count, alive)
                 if at_work == 0:
                     return
-                pick = running.nonzero().squeeze(-1)
+                pick = running.flatten().nonzero().squeeze(-1)
                 rows = pick if rows is None else rows[pick]
                 R = R if R.shape[0] == 1 else R[pick]
-                w, lam, s, count, stuck = w[pick], lam[pick], s[pick], count[pick], stuck[pick]
-                measure, infeasibility, running = measure[pick], infeasibility[pick], running[pick]
-            lam, s, ok = _step(R, lam, s, measure, infeasibility, running)
-            count = count + running
-            stuck = stuck | (running & ~ok)
+                w, point, count, alive = w[pick], point[:, pick], count[pick], alive[pick]
+                product, total, right = product[pick], total[pick], right[pick]
+                everyone = True
+            point, ok = _step(R, point, product, total, right, None if everyone else running)
+            if everyone:
+                alive, more = ok, more + 1
+            else:
+                alive, count = torch.where(running, ok, alive), count + running
+            self.steps += 1
+
+    def _write(self, rows: Tensor | None, point: Tensor, count: Tensor, alive: Tensor) -> None:
+        """Write down where the programs of `rows` are."""
+        if rows is None:
+            self.point, self.iterations, self.alive = point.squeeze(-1), count.flatten(), alive.flatten()
+        else:
+            self.point[:, rows], self.iterations[rows] = point.squeeze(-1), count.flatten()
+            self.alive[rows] = alive.flatten()
+
+
+def _right(R: Tensor, w: Tensor, lam: Tensor) -> Tensor:  # (k or 1, m, m), (k, m, 1) x 2 -> (k, m, 1)
+    """Form −(R λ + w)."""
+    if R.shape[0] == 1 and lam.shape[0] != 1:  # one matrix for all vectors
+        return torch.addmm(w.squeeze(-1), lam.squeeze(-1), R.squeeze(0), beta=-1.0, alpha=-1.0).unsqueeze(-1)
+    return torch.baddbmm(w.mT, lam.mT, R, beta=-1.0, alpha=-1.0).mT  # as rows, which is faster
 
 
 def _step(
-    R: Tensor, lam: Tensor, s: Tensor, measure: Tensor, infeasibility: Tensor, running: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one predictor–corrector step where `running`; also returns where the step was long enough to go on."""
-    ratio = s / lam
-    matrix = R.expand(lam.shape[0], -1, -1).clone()
-    matrix.diagonal(dim1=-2, dim2=-1).add_(ratio)
+    R: Tensor, point: Tensor, product: Tensor, total: Tensor, right: Tensor, running: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Take one predictor–corrector step where `running` (None: everywhere); also where it was long enough to go on.
+
+    With a = Δλ/λ and b = Δs/s the predictor has a + b = −1. So it may go 1/t of its length, t the largest of −a and
+    1 + a = ½ + √(¼ + a(1 + a)), and what it leaves of Σ λs is 1 − 1/t − Σ λs a(1 + a)/(t² Σ λs).
+    """
+    lam, s = point.unbind()
+    matrix = R.clone() if R.shape[0] == lam.shape[0] else R.repeat(lam.shape[0], 1, 1)
+    matrix.diagonal(dim1=-2, dim2=-1).add_((s / lam).squeeze(-1))
     chol, info = torch.linalg.cholesky_ex(matrix)
-    right = -s - infeasibility
-    d_lam = quadratic.cholesky_solve(chol, right)
-    d_s = -s - ratio * d_lam
-    length = _longest(lam, d_lam, s, d_s).clamp(max=1.0)[:, None]
-    affine = ((lam + length * d_lam) * (s + length * d_s)).mean(-1)
-    centre = (affine / measure) ** 3 * measure
-    correction = (centre[:, None] - d_lam * d_s) / lam
-    d_lam = quadratic.cholesky_solve(chol, right + correction)
-    d_s = correction - s - ratio * d_lam
-    length = (_TO_BOUNDARY * _longest(lam, d_lam, s, d_s)).clamp(max=1.0)
-    ok = (info == 0) & (length > _SHORTEST)
-    length = torch.where(running & ok, length, 0.0)[:, None]
-    move = length > 0
-    return torch.where(move, lam + length * d_lam, lam), torch.where(move, s + length * d_s, s), ok
+    upper = chol.mT
 
+    def solve(column: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(chol, column, upper=False)
+        return torch.linalg.solve_triangular(upper, half, upper=True)
 
-def _longest(lam: Tensor, d_lam: Tensor, s: Tensor, d_s: Tensor) -> Tensor:  # (k, m) x 4 -> (k,)
-    """Step length to the boundary of λ, s ≥ 0; NaN steps give length NaN, which no comparison accepts."""
-    steepest = torch.maximum(-d_lam / lam, -d_s / s).amax(-1)
-    return 1.0 / steepest.clamp(min=torch.finfo(lam.dtype).tiny)
+    a = solve(right) / lam
+    bend = torch.addcmul(a, a, a)
+    steepest = bend.amax(-2, keepdim=True).clamp_(min=0.0).add_(0.25).sqrt_().add_(0.5)
+    bend *= product
+    left = torch.addcdiv(total, bend.sum(-2, keepdim=True), steepest)
+    left = torch.addcdiv(total, left, steepest, value=-1.0).div_(total)
+    push = bend.addcmul_(left**3, total, value=1.0 / lam.shape[-2])  # centre − ΔλΔs, to be λΔs + sΔλ + λs
+    change = torch.empty_like(point)
+    of_lam, of_s = change.unbind()
+    torch.div(solve(torch.addcdiv(right, push, lam)), lam, out=of_lam)
+    torch.addcdiv(torch.rsub(of_lam, -1.0), push, product, out=of_s)
+    lowest = change.amin((0, -2)).unsqueeze(-1)
+    ok = torch.gt(lowest > -_TO_BOUNDARY / _SHORTEST, info[:, None, None])  # NaN is never greater
+    move = ok if running is None else running & ok
+    there = torch.addcdiv(point, change.mul_(point), lowest.clamp(max=-_TO_BOUNDARY), value=-_TO_BOUNDARY)
+    return torch.where(move, there, point), ok

@@ -177,7 +177,7 @@ class InteriorPoint:
         if data.compliance is not None or (self.form == "auto" and m - data.n_eq > _MANY_ROWS * n):
             return None
         chol_q, definite = quadratic.check_definite(data.Q)
-        suits = definite.all() & torch.isfinite(data.f).all()
+        suits = definite.all() & (data.f - data.f == 0).all()  # which only finite numbers satisfy
         for bound in (data.lb, data.ub):
             suits = suits if bound is None else suits & torch.isinf(bound).all()
         return chol_q if checks.host_bool(suits) else None
@@ -191,15 +191,21 @@ class InteriorPoint:
         start = None if begin is None else begin.active
         answers = dual_path.solve(program, batch, tol=tol, max_iter=self.max_iter, start=start)
         factor = answers.factor(program)
+        degenerate, residual, iterations = answers.degenerate.to(torch.int8), answers.residual, answers.iterations
         converged = answers.status == int(Status.CONVERGED)
-        info = SolveInfo(answers.status, converged, answers.iterations, answers.residual)
         condition = quadratic.condition(factor).expand(batch)
-        condition = torch.where(answers.degenerate & int(Degeneracy.DEPENDENT) > 0, torch.inf, condition)
+        if answers.dependent:
+            condition = torch.where(degenerate & int(Degeneracy.DEPENDENT) > 0, torch.inf, condition)
+        info = SolveInfo(answers.status, converged, iterations, residual)
         zero = torch.zeros_like(answers.z)
-        result = QPResult(answers.z, answers.y, zero, answers.active, zero, factor, answers.degenerate, condition, info)
-        poor = (answers.residual > min(tol, _POOR)) | (_roughness(data, answers.z, answers.y) > _POOR)
-        poor = poor | (answers.iterations > _LONG) | (condition > _STEEP)
-        poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | poor)
+        result = QPResult(answers.z, answers.y, zero, answers.active, zero, factor, degenerate, condition, info)
+        poor = (torch.maximum(residual, _roughness(data, answers.z, answers.y)) > _POOR) | (condition > _STEEP)
+        if tol < _POOR:
+            poor = poor | (residual > tol)
+        if answers.steps > _LONG:
+            poor = poor | (iterations > _LONG)
+        if answers.surrendered:
+            poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | poor)
         if self.form == "dual" or not batch or not checks.host_bool(poor.any()):
             return result
         return self._rescue(data, batch, result, poor.nonzero().squeeze(-1))
@@ -252,15 +258,18 @@ class InteriorPoint:
 
 def _roughness(data: Data, z: Tensor, y: Tensor) -> Tensor:  # -> (N,)
     """Measure stationarity relative to its largest term, and rows relative to the length of theirs."""
-    largest = quadratic.largest
-    terms = (quadratic.matvec(data.Q, z), data.p.expand_as(z), quadratic.transposed_matvec(data.E, y))
-    size = torch.stack([largest(term) for term in terms]).amax(0)
-    stationarity = largest(sum(terms[1:], terms[0])) / torch.where(size > 0, size, 1.0)
-    gap = quadratic.matvec(data.E, z) - data.f
-    inequality = torch.arange(gap.shape[-1], device=gap.device) >= data.n_eq
-    over = torch.where(inequality, gap.clamp(min=0.0), gap.abs())
-    reach = data.f.abs() + torch.linalg.vector_norm(data.E, dim=-1) * torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    return torch.maximum(stationarity, largest(over / torch.where(reach > 0, reach, 1.0)))
+    tiny = torch.finfo(z.dtype).tiny
+    terms = torch.stack(
+        (quadratic.matvec(data.Q, z), data.p.expand_as(z), quadratic.transposed_matvec(data.E, y)),
+    )
+    stationarity = quadratic.largest(terms.sum(0)) / terms.abs_().amax((0, -1)).clamp_(min=tiny)
+    if not y.shape[-1]:
+        return stationarity
+    over = quadratic.matvec(data.E, z).sub_(data.f)
+    over[:, : data.n_eq].abs_()
+    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    reach = torch.addcmul(data.f.abs(), torch.linalg.vector_norm(data.E, dim=-1), length).clamp_(min=tiny)
+    return torch.maximum(stationarity, over.div_(reach).amax(-1))
 
 
 def _least_norm(

@@ -74,7 +74,7 @@ def sinkhorn(
               ValueError: a negative marginal, sums that differ, ε not positive.
               InfeasibleError: forbidden entries leave some mass no way, proven.
               ConvergenceError: the marginals stayed off by more than `tol`. Between sides of different length this may
-                  happen from C/ε of about 1e4 on, and mostly does from 1e10 on, beyond what float64 resolves.
+                  happen from C/ε of about 1e6 on, and mostly does from 1e10 on, beyond what float64 resolves.
               SingularAdjointError: a second derivative in marginals of which some are zero.
     Cost:     O(nm) a scaling iteration; where those are slow, Newton steps of O(nm·k + k³), k = min(n, m), about 15–40
               of them at any ε. Memory for backward O(nm), whatever the iterations.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
 import implicit_layers as il
@@ -104,6 +104,19 @@ def test_small_temperatures_approach_the_assignment():
     P = il.sinkhorn(C, even, even, temperature=1e-3).value
     rows, columns = linear_sum_assignment(C.numpy())
     assert (12 * P[rows, columns] > 0.99).all()
+
+
+@pytest.mark.parametrize("n, m", [(3, 5), (4, 6)])
+@pytest.mark.parametrize("exponent", [3, 4, 5])
+def test_sides_of_different_length_at_small_temperatures_are_the_vertex_of_the_linear_program(n, m, exponent):
+    """The path's first step used to jump to a saturated plan that no Newton step leaves: 4 of 6 stopped there."""
+    a, b = np.full(n, 1 / n), np.full(m, 1 / m)
+    rows = np.vstack([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
+    for seed in range(6):
+        C = torch.rand(n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        P = il.sinkhorn(C, torch.from_numpy(a), torch.from_numpy(b), temperature=10.0**-exponent).value
+        best = linprog(C.flatten().numpy(), A_eq=rows, b_eq=np.concatenate([a, b]), method="highs").fun
+        assert -1e-9 < float((C * P).sum()) - best < 10.0**-exponent * math.log(n * m)
 
 
 @pytest.mark.parametrize("tau", [0.5, 0.02])

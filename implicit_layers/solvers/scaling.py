@@ -31,6 +31,7 @@ _STEP = 20.0  # the largest change of a potential in one step: parts of a plan t
 _TRIALS = 30
 _IDLE = 20  # Newton steps without any gain after which rounding is all that is left
 _OFFSET, _SMALL = 2.0, 60.0  # how large L may be to be rounded: next to its spread, and at all
+_LOST, _BACK = 12, 0.02  # steps after which a move along the path has led astray, and how much of it is tried next
 _NEWTON_LIMIT = 500  # a problem that takes more Newton steps than this will not be solved
 
 
@@ -202,6 +203,10 @@ class Scaling:
         done = none | (budget <= 0)
         steps, idle = torch.zeros_like(iterations), torch.zeros_like(iterations)
         best, farthest = error.clone(), gamma[:, 0].clone()
+        # where the path was left last, and by how much: a plan far from it may look near, since no error is above 1
+        last_psi, last_gamma, last_move = psi, gamma, torch.zeros_like(gamma)
+        longer = torch.full_like(gamma, LONGER)  # how the step along the path grows, less with each time it led astray
+        since, turn = torch.zeros_like(iterations), 0
         while not checks.host_bool(done.all()):
             steps += ~done
             excess = b - plan.columns
@@ -219,6 +224,7 @@ class Scaling:
             length = torch.ones_like(gamma)
             good = (gamma[:, 0] >= 1) & (error <= self.tol)
             waiting = ~done
+            before = psi, gamma
             for trial in range(_TRIALS):
                 moved = torch.where(columns, psi + length * newton + ahead * tangent, 0.0)
                 further = gamma + ahead
@@ -233,7 +239,7 @@ class Scaling:
                 pick = take.unsqueeze(-1)
                 stop = waiting & good & (~fine | (new_error > 0.25 * error))
                 psi, gamma = torch.where(pick, moved, psi), torch.where(pick, further, gamma)
-                reach = torch.where(pick & (ahead > 0), LONGER * ahead, reach)
+                reach = torch.where(pick & (ahead > 0), longer * ahead, reach)
                 plan = _taken(take, there, plan)
                 rho, error = torch.where(take, new_rho, rho), torch.where(take, new_error, error)
                 done = done | stop
@@ -249,6 +255,19 @@ class Scaling:
             idle = torch.where(gained, 0, idle + 1)
             best, farthest = torch.minimum(best, error), gamma[:, 0]
             done = done | none | (steps >= budget) | (idle >= _IDLE)
+            left = gamma > before[1]
+            last_psi, last_gamma = torch.where(left, before[0], last_psi), torch.where(left, before[1], last_gamma)
+            last_move = torch.where(left, gamma - before[1], last_move)
+            since, turn = torch.where(left[:, 0], 0, since + 1), turn + 1
+            lost = ~done & (since >= _LOST) & (last_move[:, 0] > 0)
+            if turn >= _LOST and checks.host_bool(lost.any()):
+                pick = lost.unsqueeze(-1)
+                psi, gamma = torch.where(pick, last_psi, psi), torch.where(pick, last_gamma, gamma)
+                reach, longer = torch.where(pick, _BACK * last_move, reach), torch.where(pick, 2.0, longer)
+                plan = _taken(lost, _plan(on_path(gamma), a, b, psi), plan)
+                rho, error = _relative(plan, b), _error(plan, a, b)
+                last_move = torch.where(pick, 0.0, last_move)
+                since, idle = torch.where(lost, 0, since), torch.where(lost, 0, idle)
         return psi, iterations + steps, none
 
 

@@ -66,6 +66,10 @@ class Factor(NamedTuple):
         full.diagonal(dim1=-2, dim2=-1).add_(1.0 - spread.sum(-2))
         return self._replace(chol_ineq=full)
 
+    def take(self, index: Tensor) -> Factor:
+        """Keep some programs, all with one batch dimension; what they share stays shared."""
+        return Factor(*(part if part.shape[0] == 1 else part[index] for part in self))
+
     def put(self, batch: int, index: Tensor, part: Factor) -> Factor:
         """Replace the factors of the programs `index`, all with one batch dimension; what both share stays shared."""
 

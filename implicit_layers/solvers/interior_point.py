@@ -181,12 +181,40 @@ class InteriorPoint:
         return chol_q if checks.host_bool(suits) else None
 
     def _solve_dual(self, data: Data, batch: int, chol_q: Tensor, begin: ActiveSet | None) -> QPResult:
-        """Solve in the dual form; where it fails, try the condensed form before giving up."""
-        Q, p, E, f, _, _, n_eq, _ = data
-        tol = self.tolerance(p.dtype)
-        reduced = quadratic.reduce(chol_q, p, E, f, n_eq, active_set.RIDGE)
-        program = active_set.Program(Q, p, E, f, n_eq, reduced)
+        """Solve in the dual form; where it fails or does poorly, try other ways before giving up."""
+        tol = self.tolerance(data.p.dtype)
+        program = _dual_program(data, chol_q)
         start = None if begin is None else begin.active
+        result, poor, steps = self._answer_dual(program, data, batch, start)
+        if steps > _LONG:
+            poor = poor | (result.info.iterations > _LONG)
+        poor = poor & (result.info.status != int(Status.INFEASIBLE))
+        if not batch or not checks.host_bool(poor.any()):
+            return result
+        index = poor.nonzero().squeeze(-1)
+        if data.n_eq:
+            result = self._recentre(program, data, result, index)
+        if self.form != "dual":
+            result = self._rescue(data, batch, result, index)
+        part = data.take(index)
+        found = _roughness(part, result.z[index], result.y[index], 4 * torch.finfo(data.p.dtype).eps / tol)
+        info = result.info
+        residual = torch.maximum(info.residual[index], found)
+        lost = info.converged[index] & (residual > tol)
+        status = torch.where(lost, int(Status.NOT_CONVERGED), info.status[index]).to(torch.int8)
+        return result._replace(
+            info=info._replace(
+                status=info.status.index_copy(0, index, status),
+                converged=info.converged.index_copy(0, index, status == int(Status.CONVERGED)),
+                residual=info.residual.index_copy(0, index, residual),
+            )
+        )
+
+    def _answer_dual(
+        self, program: active_set.Program, data: Data, batch: int, start: Tensor | None
+    ) -> tuple[QPResult, Tensor, int]:
+        """Solve in the dual form; also where that has gone poorly, (N,) bool, and the most iterations."""
+        tol = self.tolerance(data.p.dtype)
         answers = dual_path.solve(program, batch, tol=tol, max_iter=self.max_iter, start=start)
         factor = answers.factor(program)
         degenerate, residual, iterations = answers.degenerate.to(torch.int8), answers.residual, answers.iterations
@@ -200,13 +228,44 @@ class InteriorPoint:
         poor = (torch.maximum(residual, _roughness(data, answers.z, answers.y)) > _POOR) | (condition > _STEEP)
         if tol < _POOR:
             poor = poor | (residual > tol)
-        if answers.steps > _LONG:
-            poor = poor | (iterations > _LONG)
         if answers.surrendered:
-            poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | poor)
-        if self.form == "dual" or not batch or not checks.host_bool(poor.any()):
+            poor = poor | converged.logical_not()
+        return result, poor, answers.steps
+
+    def _recentre(self, program: active_set.Program, data: Data, result: QPResult, index: Tensor) -> QPResult:
+        """Solve some programs again, seen from the minimum on their equalities.
+
+        Around that point z₁, ν₁ the program is one in z − z₁ and ν − ν₁ with the cost Qz₁ + p + Aᵀν₁ and the sides
+        f − Ez₁. Where the equalities hold a long p, that cost is little more than rounding, and the minimum without
+        constraints, whose rounding hides what is active, no longer far.
+        """
+        before = torch.maximum(
+            result.info.residual[index], _roughness(data.take(index), result.z[index], result.y[index])
+        )
+        rough = (before > _POOR) | result.info.converged[index].logical_not()
+        if not checks.host_bool(rough.any()):
             return result
-        return self._rescue(data, batch, result, poor.nonzero().squeeze(-1))
+        index, before = index[rough], before[rough]
+        part, old, n_eq = program.take(index), data.take(index), data.n_eq
+        equalities = (torch.arange(data.E.shape[-2], device=data.E.device) < n_eq).to(data.p.dtype)
+        equalities = equalities.expand(index.shape[0], -1)
+        tol = self.tolerance(data.p.dtype)
+        centre = active_set.solve_on(
+            part, equalities, equalities, tol=tol, sign_tol=torch.inf, refine=active_set.REFINE_DEPENDENT
+        )
+        z, y = torch.nan_to_num(centre.z), torch.nan_to_num(centre.y * equalities)
+        cost, side = part.gradient(z, y), old.f - quadratic.matvec(old.E, z)
+        moved = old._replace(p=cost, f=side)
+        around, _, _ = self._answer_dual(_dual_program(moved, part.reduced.chol_q), moved, index.shape[0], None)
+        z, y = z + around.z, y + around.y
+        residual = part.residual(z, y)
+        after = torch.maximum(residual, _roughness(old, z, y))
+        better = around.info.converged & (result.info.converged[index].logical_not() | (after < 0.1 * before))
+        if not checks.host_bool(better.any()):
+            return result
+        around = around._replace(z=z, y=y, info=around.info._replace(residual=residual))
+        assert isinstance(around.factor, quadratic.Factor)
+        return result.put(data, index[better], around.take(better)._replace(factor=around.factor.take(better)))
 
     def _rescue(self, data: Data, batch: int, result: QPResult, index: Tensor) -> QPResult:
         """Solve some programs again in the condensed form; where that is better, all go on in it."""
@@ -254,8 +313,17 @@ class InteriorPoint:
         return QPResult(z, y, bound, outcome.active, outcome.fixed, factor, degenerate.to(torch.int8), condition, info)
 
 
-def _roughness(data: Data, z: Tensor, y: Tensor) -> Tensor:  # -> (N,)
-    """Measure stationarity relative to its largest term, and rows relative to the length of theirs."""
+def _dual_program(data: Data, chol_q: Tensor) -> active_set.Program:
+    """Eliminate z."""
+    Q, p, E, f, _, _, n_eq, _ = data
+    return active_set.Program(Q, p, E, f, n_eq, quadratic.reduce(chol_q, p, E, f, n_eq, active_set.RIDGE))
+
+
+def _roughness(data: Data, z: Tensor, y: Tensor, beyond: float = 0.0) -> Tensor:  # -> (N,)
+    """Measure stationarity relative to its largest term, and rows relative to the length of theirs.
+
+    `beyond`: the share of |p|/|Q| by which z may be longer than it is.
+    """
     tiny = torch.finfo(z.dtype).tiny
     terms = torch.stack(
         (quadratic.matvec(data.Q, z), data.p.expand_as(z), quadratic.transposed_matvec(data.E, y)),
@@ -266,6 +334,9 @@ def _roughness(data: Data, z: Tensor, y: Tensor) -> Tensor:  # -> (N,)
     over = quadratic.matvec_plus(data.E, z, data.f, sign=-1.0)
     over[:, : data.n_eq].abs_()
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    if beyond:
+        free = quadratic.largest(data.p) / quadratic.largest(data.Q.flatten(-2)).clamp_(min=tiny)
+        length = length + beyond * free.unsqueeze(-1)
     reach = torch.addcmul(data.f.abs(), torch.linalg.vector_norm(data.E, dim=-1), length).clamp_(min=tiny)
     return torch.maximum(stationarity, over.div_(reach).amax(-1))
 

@@ -89,7 +89,8 @@ class Reduced(NamedTuple):
     """The dual form: E z − f = (t − S y) / scale with y = scale ∘ (dual), z eliminated; then ν eliminated too."""
 
     chol_q: Tensor  # (N or 1, n, n)
-    free: Tensor  # (N or 1, n): z⁰ = −Q⁻¹p, the minimum without constraints
+    lowered: Tensor  # (N or 1, n): L⁻¹p, so that z⁰ = −L⁻ᵀL⁻¹p is the minimum without constraints
+    half: Tensor  # (N or 1, n, m): L⁻¹EᵀD
     schur: Tensor  # (N or 1, m, m): S = D E Q⁻¹ Eᵀ D, unit diagonal
     scale: Tensor  # (N or 1, m): the diagonal of D
     violation: Tensor  # (N or 1, m): t = D (E z⁰ − f), distances in the norm of Q; zero where it is only rounding
@@ -115,22 +116,6 @@ def transposed_matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), 
         if matrix.shape[0] == vector.shape[0]:
             return torch.bmm(vector.unsqueeze(-2), matrix).squeeze(-2)
     return (vector.unsqueeze(-2) @ matrix).squeeze(-2)
-
-
-def matvec_plus(  # (N or 1, m, n), (N, n), (N or 1, m) -> (N, m)
-    matrix: Tensor, vector: Tensor, plus: Tensor, *, sign: float = 1.0
-) -> Tensor:
-    """Add `sign` times a vector to the product of a matrix with another, as one operation."""
-    return transposed_matvec_plus(matrix.mT, vector, plus, sign=sign)
-
-
-def transposed_matvec_plus(  # (N or 1, m, n), (N, m), (N or 1, n) -> (N, n)
-    matrix: Tensor, vector: Tensor, plus: Tensor, *, sign: float = 1.0
-) -> Tensor:
-    """The same with the transposed matrix."""
-    if matrix.shape[0] == 1:
-        return torch.addmm(plus, vector, matrix.squeeze(0), beta=sign)
-    return torch.baddbmm(plus.unsqueeze(-2), vector.unsqueeze(-2), matrix, beta=sign).squeeze(-2)
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:  # (*B, m), (*B, n) -> (*B, m, n)
@@ -216,14 +201,26 @@ def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, ridge: fl
         across = torch.linalg.solve_triangular(chol_eq, across, upper=False)
         projected = torch.baddbmm(schur[:, n_eq:, n_eq:], across.mT, across, alpha=-1)
         dependent = positive.logical_not()
-    violation = scale * matvec_plus(E, free, f, sign=-1.0)
+    violation = scale * (matvec(E, free) - f)
     free_norm = torch.linalg.vector_norm(lowered, dim=-1)
     touches = there.to(schur.dtype)
     height = (scale * f).abs_().clamp_(min=torch.finfo(schur.dtype).tiny)
     known = torch.addcmul(height, touches, free_norm.unsqueeze(-1))
     violation = violation * (violation.abs() > 32 * torch.finfo(schur.dtype).eps * known)
     return Reduced(
-        chol_q, free, schur, scale, violation, free_norm, touches, height, chol_eq, across, projected, dependent
+        chol_q,
+        lowered,
+        half,
+        schur,
+        scale,
+        violation,
+        free_norm,
+        touches,
+        height,
+        chol_eq,
+        across,
+        projected,
+        dependent,
     )
 
 
@@ -286,9 +283,10 @@ def _solve_active(factor: Factor, right: Tensor) -> Tensor:  # (N, n_ineq) -> (N
 
 def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Tensor, Tensor]:
     """Solve the active-set system with the factors alone."""
-    gap = matvec_plus(E, cholesky_solve(factor.chol_q, r_z), r_y, sign=-1.0)
+    gap = matvec(E, cholesky_solve(factor.chol_q, r_z)) - r_y
     u_y = schur_solve(factor, gap.mul_(factor.scale)).mul_(factor.scale)
-    return cholesky_solve(factor.chol_q, transposed_matvec_plus(E, u_y, r_z, sign=-1.0)).neg_(), u_y
+    # the product by itself: where rows depend on each other, large terms cancel in it exactly
+    return cholesky_solve(factor.chol_q, r_z - transposed_matvec(E, u_y)), u_y
 
 
 def solve(
@@ -308,8 +306,8 @@ def solve(
     """
     u_z, u_y = solve_once(factor, E, r_z, r_y)
     for _ in range(refine):  # by what is too much, so the steps are taken off
-        over_z = transposed_matvec_plus(E, u_y, matvec_plus(Q, u_z, r_z, sign=-1.0))
-        over_y = matvec_plus(E, u_z, r_y, sign=-1.0)  # inactive rows do not count
+        over_z = matvec(Q, u_z).sub_(r_z).add_(transposed_matvec(E, u_y))
+        over_y = matvec(E, u_z).sub_(r_y)  # inactive rows do not count
         step_z, step_y = solve_once(factor, E, over_z, over_y)
         u_z, u_y = u_z - step_z, u_y - step_y
     return u_z, u_y, torch.zeros_like(u_z)

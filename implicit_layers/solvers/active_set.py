@@ -45,10 +45,10 @@ class Program(NamedTuple):
         projected = pick(reduced.projected) if n_eq else part.schur  # without equalities they are the same
         return Program(pick(Q), pick(p), pick(E), pick(f), n_eq, part._replace(projected=projected))
 
-    def minimum(self, y: Tensor) -> Tensor:  # (k, m) -> (k, n)
-        """Minimise the Lagrangian for given duals: z = −Q⁻¹(p + Eᵀy)."""
-        pulled = quadratic.transposed_matvec(self.E, y)
-        return self.reduced.free - quadratic.cholesky_solve(self.reduced.chol_q, pulled)
+    def minimum(self, dual: Tensor) -> Tensor:  # (k, m) -> (k, n)
+        """Minimise the Lagrangian for given duals, scaled: z = −Q⁻¹(p + Eᵀy)."""
+        lowered = quadratic.matvec(self.reduced.half, dual).add_(self.reduced.lowered)
+        return quadratic.triangular_solve(self.reduced.chol_q, lowered, transposed=True).neg_()
 
     def gradient(self, z: Tensor, y: Tensor) -> Tensor:  # (k, n), (k, m) -> (k, n)
         """Evaluate Qz + p + Eᵀy."""
@@ -98,7 +98,7 @@ def solve_on(
     program: Program, active: Tensor, y: Tensor, *, tol: float, sign_tol: float, refine: int, ridge: bool = False
 ) -> ActiveSetPoint:
     """Solve on the active rows, with a ridge next to the duals `y`, and judge the answer by its KKT conditions."""
-    _, _, E, _, n_eq, reduced = program
+    n_eq, reduced = program.n_eq, program.reduced
     if ridge:  # next to the duals at hand; without a ridge there is one answer, and zero data must give exact zeros
         factor = quadratic.factorise_with_ridge(reduced, active, RIDGE)
         independent = torch.ones(active.shape[0], dtype=torch.bool, device=active.device)
@@ -108,14 +108,14 @@ def solve_on(
     else:
         factor, independent = quadratic.factorise(reduced, active)
         dual = quadratic.schur_solve(factor, reduced.violation)
-    y = reduced.scale * dual
-    z = program.minimum(y)
+    z, y = program.minimum(dual), reduced.scale * dual
     for _ in range(refine):
-        gradient = program.gradient(z, y)
-        over = quadratic.matvec(E, quadratic.cholesky_solve(reduced.chol_q, gradient)).mul_(reduced.scale)
-        step = quadratic.schur_solve(factor, program.gap(z).sub_(over)).mul_(reduced.scale)
-        gradient = quadratic.transposed_matvec_plus(E, step, gradient)  # rows hold better than y can be rounded
-        z, y = z - quadratic.cholesky_solve(reduced.chol_q, gradient), y + step
+        lowered = quadratic.triangular_solve(reduced.chol_q, program.gradient(z, y))
+        over = quadratic.transposed_matvec(reduced.half, lowered)
+        step = quadratic.schur_solve(factor, program.gap(z).sub_(over))
+        lowered = lowered.add_(quadratic.matvec(reduced.half, step))  # rows hold better than y can be rounded
+        z = z - quadratic.triangular_solve(reduced.chol_q, lowered, transposed=True)
+        y = torch.addcmul(y, reduced.scale, step)
     dual = y / reduced.scale
     gradient, gap, length = program.gradient(z, y), program.gap(z), program.length(z)
     size = quadratic.magnitude(reduced, torch.maximum(length, reduced.free_norm))
@@ -230,7 +230,7 @@ class Answers:
         """End with the programs that no active set settles: proven infeasible, good enough as they are, or failed."""
         point = solve_on(program, active, y, tol=tol, sign_tol=torch.inf, refine=REFINE_DEPENDENT, ridge=True)
         infeasible = _contradict(program, y)
-        z = program.minimum(y)
+        z = program.minimum(y / program.reduced.scale)
         residual = program.residual(z, y)
         better = residual < point.residual
         point = point._replace(

@@ -284,7 +284,7 @@ def step(program: Program, state: State, running: Tensor, reached: Progress, bar
     def direction(wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (k, c) to changes of z, λ and A z
         pushed = W * wanted
         w_y, w_bound = _split(program, -weight_e * row_gap if n_eq else row_gap, pushed)
-        right = quadratic.transposed_matvec_plus(program.E, w_y, slope, sign=-1.0)
+        right = quadratic.transposed_matvec(program.E, w_y).sub_(slope)
         if program.bounded:
             right = right.add_(w_bound).mul_(free)
         d_z = quadratic.cholesky_solve(chol, right)

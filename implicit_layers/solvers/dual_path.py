@@ -211,6 +211,7 @@ class _CentralPath:
         R, m, tol = self.R, self.w.shape[-1], 1e-2 * target**0.5
         w, point = self.w.unsqueeze(-1), self.point.unsqueeze(-1)  # columns throughout: (k, m, 1), (2, k, m, 1)
         count, alive = self.iterations[:, None, None], self.alive[:, None, None]
+        more = 0  # iterations of all at work that are not in their counts yet
         while True:
             lam, s = point.unbind()
             product = lam * s
@@ -219,6 +220,7 @@ class _CentralPath:
             running = alive > (total <= target * m)
             everyone = self.steps < max_iter and checks.host_int(running.sum()) == running.shape[0]
             if not everyone:
+                count, more = count + more, 0
                 off = ((right + s) / s.clamp(min=1.0)).abs_().amax(-2, keepdim=True)
                 running = alive > ((total <= target * m) & (off <= tol))
                 running = running & (count < max_iter)
@@ -235,7 +237,10 @@ class _CentralPath:
                 product, total, right = product[pick], total[pick], right[pick]
                 everyone = True
             point, ok = _step(R, point, product, total, right, None if everyone else running)
-            alive, count = (ok, count + 1) if everyone else (torch.where(running, ok, alive), count + running)
+            if everyone:
+                alive, more = ok, more + 1
+            else:
+                alive, count = torch.where(running, ok, alive), count + running
             self.steps += 1
 
     def _write(self, rows: Tensor | None, point: Tensor, count: Tensor, alive: Tensor) -> None:

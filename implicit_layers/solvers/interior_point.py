@@ -331,7 +331,7 @@ def _roughness(data: Data, z: Tensor, y: Tensor, beyond: float = 0.0) -> Tensor:
     stationarity = quadratic.largest(terms.sum(0)) / terms.abs_().amax((0, -1)).clamp_(min=tiny)
     if not y.shape[-1]:
         return stationarity
-    over = quadratic.matvec_plus(data.E, z, data.f, sign=-1.0)
+    over = quadratic.matvec(data.E, z).sub_(data.f)
     over[:, : data.n_eq].abs_()
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     if beyond:

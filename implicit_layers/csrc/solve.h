@@ -156,9 +156,15 @@ class Group {
             M definite = factorise<V, M>(tall, n, n, n + rows, old_q ? n : 0, inv_q, work, 1);
             if (old_q) definite = as_mask(kept[DEFINITE]);
             kept[DEFINITE] = as_number(definite);
+            M ordinary = definite | ~definite;  // squares of these rows neither vanish nor overflow
             for (long i = 0; i < rows; ++i) {
                 V* row = H + i * n;
                 const V size = root(inner(row, row, n));
+                if (any(~within(reach[i]) | ~within(size))) {
+                    V top = all<V>(0.0);
+                    for (long j = 0; j < n; ++j) top = largest(magnitude(E[i * n + j]), top);
+                    ordinary &= (top == 0.0) | (within(reach[i]) & within(size));
+                }
                 touches[i] = size > 0.0 ? all<V>(1.0) : all<V>(0.0);
                 scale[i] = 1.0 / (size > 0.0 ? size : all<V>(1.0));
                 for (long j = 0; j < n; ++j) row[j] *= scale[i];
@@ -171,7 +177,7 @@ class Group {
             }
             const V floor = all<V>(16.0 * p * EPS);
             const M independent = factorise<V, M>(S, lds, p, rows, 0, inv_eq, &floor, 0);
-            kept[INDEPENDENT] = as_number(independent);
+            kept[INDEPENDENT] = as_number(independent & ordinary);
             if (narrow)
                 slim.project(H, p, S, inv_eq, S + p * lds);
             else
@@ -195,6 +201,7 @@ class Group {
         }
     }
 
+    static M within(V size) { return (size > 1.0 / ORDINARY) & (size < ORDINARY); }
     static V as_number(M mask) { return mask ? all<V>(1.0) : all<V>(0.0); }
     static M as_mask(V number) { return number > 0.5; }
 
@@ -324,7 +331,7 @@ class Group {
             if (alive[l])
                 for (long i = 0; i < m; ++i)
                     if (active[p + i][l] > 0.0 && k++ < hold) index[(k - 1) * W + l] = i;
-            if (k > hold) crowded[l] = -1, k = 0;
+            if (k > hold || p + k > n) crowded[l] = -1, k = 0;
             sizes[l] = k;
             count = k > count ? k : count;
         }
@@ -458,6 +465,7 @@ class Group {
             const V size = scale[i] * magnitude(f[i]) + touches[i] * reach_;
             dual_size = largest(largest(magnitude(dual[i]), active[i] * size), dual_size);
         }
+        const V near_ = largest(length, NEAR * free_norm);
         M wrong = all<V>(0.0) != all<V>(0.0), weak = wrong;
         for (long i = p; i < rows; ++i) {
             const V size = scale[i] * magnitude(f[i]) + touches[i] * reach_;
@@ -466,7 +474,7 @@ class Group {
             const M leave = held & (dual[i] < -sign_tol * dual_size), enter = ~held & (slack < -sign_tol * size);
             corrected[i] = leave ? zero : enter ? all<V>(1.0) : active[i];
             wrong |= leave | enter;
-            weak |= (magnitude(dual[i]) <= WEAK * dual_size) & (magnitude(slack) <= WEAK * size);
+            weak |= (magnitude(dual[i]) <= WEAK * dual_size) & (magnitude(slack) <= WEAK * (scale[i] * magnitude(f[i]) + touches[i] * near_));
         }
         weakly = as_number(weak);
         residual_ = relative_residual();

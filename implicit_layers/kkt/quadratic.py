@@ -244,6 +244,8 @@ def factorise(reduced: Reduced, active: Tensor) -> tuple[Factor, Tensor]:
     masked = (reduced.projected * chosen.unsqueeze(-1)).mul_(chosen.unsqueeze(-2))
     masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - chosen)
     chol_ineq, positive = _cholesky(masked)
+    if active.shape[-1] > reduced.chol_q.shape[-1]:  # more rows than unknowns, whatever rounding makes of the pivots
+        positive = positive & (active.sum(-1) <= reduced.chol_q.shape[-1])
     factor = Factor(reduced.chol_q, reduced.chol_eq, reduced.across, chol_ineq, reduced.scale, active)
     return factor, positive > reduced.dependent if reduced.chol_eq.shape[-1] else positive
 

@@ -20,7 +20,7 @@ from implicit_layers.kkt.program import ActiveSet, Data, relative_residual
 from implicit_layers.qp.arguments import Program, refuse_values
 from implicit_layers.qp.value import optimal_value, slacks
 from implicit_layers.solution import Degeneracy, OnFailure, QPInfo, SolveInfo, Status, report_failure
-from implicit_layers.solvers import compiled
+from implicit_layers.solvers import active_set, compiled, interior_point
 from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT
 from implicit_layers.solvers.interior_point import InteriorPoint, QPResult
 
@@ -111,6 +111,8 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
     program = Program(*tensors)  # type: ignore[arg-type]
     solver, batch = settings.solver, program.batch
     settled = _settled_by_the_kernel(settings, program, batch)
+    if settled is not None and settled.number < batch.numel():
+        settled = _without_ties(settled, program, batch)
     if settled is not None and settled.number == batch.numel():
         return _outcome(settled, factor)
     if settings.synchronises and not settings.checked:
@@ -190,6 +192,19 @@ def _settled_by_the_kernel(settings: Settings, program: Program, batch: torch.Si
         return None
     start = None if settings.begin is None else settings.begin.active
     return compiled.solve(batch, data, tol=solver.tolerance(dtype), max_iter=solver.max_iter, start=start)
+
+
+def _without_ties(settled: compiled.Settled, program: Program, batch: torch.Size) -> compiled.Settled:
+    """Leave those weak programs whose rows without a dual depend on those with one to the other solvers."""
+    weak = (settled.done & (settled.weak > 0)).reshape(-1).nonzero().squeeze(-1)
+    if weak.numel():
+        part = _flat(program, batch, torch.float64).take(weak)
+        z, active = (t.reshape(batch.numel(), t.shape[-1])[weak].double() for t in (settled.z, settled.factor.active))
+        chol_q, _ = torch.linalg.cholesky_ex(part.Q)
+        reduced = interior_point.dual_program(part, chol_q)
+        ties = active_set.tied(reduced, active, z, torch.finfo(program.p.dtype).eps)
+        settled.done.view(-1)[weak] = ties.any(-1).logical_not()
+    return settled._replace(number=int(settled.done.sum()))
 
 
 def _outcome(settled: compiled.Settled, factor: bool) -> Outcome:

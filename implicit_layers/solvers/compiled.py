@@ -3,7 +3,8 @@
 Its steps are those of `dual_path` and `active_set`, for the whole of a program at a time, in the cache, one program in
 each lane of the processor's registers, the programs of a batch shared by threads. It settles what those steps settle
 and leaves all others to the general solvers. It is there when the package was built with a C++ compiler. The
-environment variable IMPLICIT_LAYERS_KERNEL, read at import, takes a lesser one: "avx2", "basic" or "none".
+environment variable IMPLICIT_LAYERS_KERNEL, read at import, takes a lesser one: "avx2", "basic" or "none". What it
+names and is not there is warned of, and the best there is taken.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_layers.errors import UnsupportedError
+from implicit_layers.errors import ImplicitLayersWarning, UnsupportedError, warn
 from implicit_layers.kkt import quadratic
 
-_OFF = os.environ.get("IMPLICIT_LAYERS_KERNEL") == "none"
+_CHOICES = ("best", "avx512", "avx2", "basic", "none")
+_WISH = os.environ.get("IMPLICIT_LAYERS_KERNEL", "")
+_OFF = _WISH == "none"
 try:
     _kernel: Any = None if _OFF else import_module("implicit_layers._kernel")
 except ImportError:  # built without a compiler
     _kernel = None
+
+if _kernel is not None and _WISH not in ("", "best", _kernel.describe()[0]):
+    _why = "this processor has no such instructions" if _WISH in _CHOICES else f"it is none of {', '.join(_CHOICES)}"
+    warn(f"IMPLICIT_LAYERS_KERNEL={_WISH}: {_why}; took {_kernel.describe()[0]}", ImplicitLayersWarning)
 
 _MOST_UNKNOWNS = 160  # beyond which a program no longer fits the cache, and the libraries behind PyTorch are faster
 _MOST_ROWS = 200

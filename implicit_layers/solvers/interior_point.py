@@ -39,6 +39,7 @@ _MANY_ROWS = 2.5  # inequality rows for each unknown, beyond which the condensed
 _SUSPECT = {torch.float64: (2e-12, 1e-6), torch.float32: (2e-6, 1e-3)}
 _LONG = 20  # iterations of the dual form, beyond which the condensed form has a try too
 _POOR = 1e-12  # a residual of the dual form above which the condensed form has a try
+_ORDINARY = 1e50  # the largest entry of a row, and the inverse of the smallest, of which the dual form takes squares
 _STEEP = 1e8  # a condition of its factors above which digits are lost that the residual does not show
 
 
@@ -176,6 +177,10 @@ class InteriorPoint:
             return None
         chol_q, definite = quadratic.check_definite(data.Q)
         suits = definite.all() & (data.f - data.f == 0).all()  # which only finite numbers satisfy
+        for sizes, most in ((data.E.abs().amax(-1), _ORDINARY), (data.Q.diagonal(dim1=-2, dim2=-1), _ORDINARY**2)):
+            if sizes.numel():
+                least, largest = torch.aminmax(torch.where(sizes > 0, sizes, 1.0))
+                suits = suits & (least > 1.0 / most) & (largest < most)
         for bound in (data.lb, data.ub):
             suits = suits if bound is None else suits & torch.isinf(bound).all()
         return chol_q if checks.host_bool(suits) else None
@@ -183,17 +188,24 @@ class InteriorPoint:
     def _solve_dual(self, data: Data, batch: int, chol_q: Tensor, begin: ActiveSet | None) -> QPResult:
         """Solve in the dual form; where it fails or does poorly, try other ways before giving up."""
         tol = self.tolerance(data.p.dtype)
-        program = _dual_program(data, chol_q)
+        program = dual_program(data, chol_q)
         start = None if begin is None else begin.active
         result, poor, steps = self._answer_dual(program, data, batch, start)
         if steps > _LONG:
             poor = poor | (result.info.iterations > _LONG)
         poor = poor & (result.info.status != int(Status.INFEASIBLE))
-        if not batch or not checks.host_bool(poor.any()):
+        odd = poor | (result.degenerate == int(Degeneracy.WEAK))
+        if not batch or not checks.host_bool(odd.any()):
             return result
-        index = poor.nonzero().squeeze(-1)
+        index = odd.nonzero().squeeze(-1)
         if data.n_eq:
             result = self._recentre(program, data, result, index)
+        before = result.degenerate
+        result = self._take_ties_in(program, data, result, index)
+        poor = poor & (result.degenerate == before)
+        index = poor.nonzero().squeeze(-1)
+        if not index.numel():
+            return result
         if self.form != "dual":
             result = self._rescue(data, batch, result, index)
         part = data.take(index)
@@ -232,6 +244,31 @@ class InteriorPoint:
             poor = poor | converged.logical_not()
         return result, poor, answers.steps
 
+    def _take_ties_in(self, program: active_set.Program, data: Data, result: QPResult, index: Tensor) -> QPResult:
+        """Where rows without a dual are on the span of those with one, none of them is more active than the others."""
+        index = index[result.degenerate[index] == int(Degeneracy.WEAK)]
+        if not index.numel():
+            return result
+        part, found = program.take(index), result.take(index)
+        ties = active_set.tied(part, found.active, found.z)
+        rows = ties.any(-1).nonzero().squeeze(-1)
+        if not rows.numel():
+            return result
+        index, part, found = index[rows], part.take(rows), found.take(rows)
+        active = torch.where(ties[rows], 1.0, found.active)
+        y = active_set.shared_duals(part, active, found.y)
+        residual = part.residual(found.z, y)
+        factor = quadratic.factorise_with_ridge(part.reduced, active, active_set.RIDGE)
+        found = found._replace(
+            y=y,
+            active=active,
+            degenerate=torch.full_like(found.degenerate, int(Degeneracy.DEPENDENT)),
+            condition=torch.full_like(found.condition, torch.inf),
+            info=found.info._replace(residual=residual),
+        )
+        good = (residual <= min(self.tolerance(data.p.dtype), _POOR)).nonzero().squeeze(-1)
+        return result.put(data, index[good], found.take(good)._replace(factor=factor.take(good)))
+
     def _recentre(self, program: active_set.Program, data: Data, result: QPResult, index: Tensor) -> QPResult:
         """Solve some programs again, seen from the minimum on their equalities.
 
@@ -242,10 +279,11 @@ class InteriorPoint:
         before = torch.maximum(
             result.info.residual[index], _roughness(data.take(index), result.z[index], result.y[index])
         )
-        rough = (before > _POOR) | result.info.converged[index].logical_not()
-        if not checks.host_bool(rough.any()):
+        weak = result.degenerate[index] == int(Degeneracy.WEAK)
+        wanted = (before > _POOR) | result.info.converged[index].logical_not() | weak
+        if not checks.host_bool(wanted.any()):
             return result
-        index, before = index[rough], before[rough]
+        index, before, weak = index[wanted], before[wanted], weak[wanted]
         part, old, n_eq = program.take(index), data.take(index), data.n_eq
         equalities = (torch.arange(data.E.shape[-2], device=data.E.device) < n_eq).to(data.p.dtype)
         equalities = equalities.expand(index.shape[0], -1)
@@ -256,15 +294,16 @@ class InteriorPoint:
         z, y = torch.nan_to_num(centre.z), torch.nan_to_num(centre.y * equalities)
         cost, side = part.gradient(z, y), old.f - quadratic.matvec(old.E, z)
         moved = old._replace(p=cost, f=side)
-        around, _, _ = self._answer_dual(_dual_program(moved, part.reduced.chol_q), moved, index.shape[0], None)
+        around, _, _ = self._answer_dual(dual_program(moved, part.reduced.chol_q), moved, index.shape[0], None)
         z, y = z + around.z, y + around.y
         residual = part.residual(z, y)
         after = torch.maximum(residual, _roughness(old, z, y))
-        better = around.info.converged & (result.info.converged[index].logical_not() | (after < 0.1 * before))
+        better = result.info.converged[index].logical_not() | (after < 0.1 * before)
+        better = better | (weak & (around.degenerate == 0) & (after <= before.clamp(min=_POOR)))
+        better = better & around.info.converged
         if not checks.host_bool(better.any()):
             return result
         around = around._replace(z=z, y=y, info=around.info._replace(residual=residual))
-        assert isinstance(around.factor, quadratic.Factor)
         return result.put(data, index[better], around.take(better)._replace(factor=around.factor.take(better)))
 
     def _rescue(self, data: Data, batch: int, result: QPResult, index: Tensor) -> QPResult:
@@ -313,7 +352,7 @@ class InteriorPoint:
         return QPResult(z, y, bound, outcome.active, outcome.fixed, factor, degenerate.to(torch.int8), condition, info)
 
 
-def _dual_program(data: Data, chol_q: Tensor) -> active_set.Program:
+def dual_program(data: Data, chol_q: Tensor) -> active_set.Program:
     """Eliminate z."""
     Q, p, E, f, _, _, n_eq, _ = data
     return active_set.Program(Q, p, E, f, n_eq, quadratic.reduce(chol_q, p, E, f, n_eq, active_set.RIDGE))

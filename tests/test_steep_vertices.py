@@ -269,7 +269,7 @@ def test_bounds_like_rows() -> None:
 
 # what an iteration may ask of ATen, its test of convergence included, and what of that is work for the device
 DUAL_CALLS, DUAL_KERNELS = 53, 40
-CONDENSED_CALLS, CONDENSED_KERNELS = 227, 168
+CONDENSED_CALLS, CONDENSED_KERNELS = 227, 170
 _NO_KERNEL = {"aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"}
 
 

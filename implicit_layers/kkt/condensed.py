@@ -231,10 +231,9 @@ def refined(
             both = torch.cat((step_z, step_y, *image(step_z, step_y)), dim=-1)  # a step and what K makes of it
             both = both.unflatten(-1, (2, right.shape[-1]))  # (N, 2, n + m)
             for earlier in directions:
-                along = (earlier[:, 1] * both[:, 1]).sum(-1)[:, None, None]
+                along = (earlier.narrow(-2, 1, 1) * both.narrow(-2, 1, 1)).sum(-1, keepdim=True)
                 both = torch.addcmul(both, along, earlier, value=-1.0)
-            norms = torch.linalg.vector_norm(both, dim=-1)
-            of_step, length = norms[:, :1], norms[:, 1:]
+            of_step, length = torch.linalg.vector_norm(both, dim=-1).split(1, dim=-1)
             known = (length > least * of_step) & (length > tiny)  # else it is a step of rounding only
             inverse = torch.where(known, length.clamp(min=tiny).reciprocal(), 0.0)
             both = both * inverse.unsqueeze(-1)

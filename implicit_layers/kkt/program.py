@@ -213,11 +213,14 @@ def judge(program: Program, z: Tensor, y: Tensor, bound: Tensor) -> Point:
         gap = gap - program.compliance * y
         terms = terms + program.compliance * y.abs()
     gap, n_eq = torch.where(program.rows, gap, 0.0), program.n_eq
-    over = torch.cat([gap[:, :n_eq].abs(), gap[:, n_eq:]], dim=-1) if n_eq else gap  # not negative where it is too much
+    sizes = [n_eq, gap.shape[-1] - n_eq]
+    equal, above_side = gap.split(sizes, dim=-1)
+    over = torch.cat([equal.abs(), above_side], dim=-1) if n_eq else gap  # not negative where it is too much
     of_gap = over / terms
-    of_lam = torch.where(program.rows[:, n_eq:], y[:, n_eq:], 0.0).div_(dual)
+    there, lam = program.rows.split(sizes, dim=-1)[1], y.split(sizes, dim=-1)[1]
+    of_lam = torch.where(there, lam, 0.0).div_(dual)
     steepest = largest(stationarity)
-    parts = [steepest.unsqueeze(-1) / dual, of_gap, -of_lam, (of_lam * of_gap[:, n_eq:]).abs_()]
+    parts = [steepest.unsqueeze(-1) / dual, of_gap, -of_lam, (of_lam * of_gap.split(sizes, dim=-1)[1]).abs_()]
     bound_terms = primal
     if program.bounded:
         nearest = torch.where(z >= 0, program.ub, program.lb)

@@ -285,10 +285,9 @@ def _solve_active(factor: Factor, right: Tensor) -> Tensor:  # (N, n_ineq) -> (N
 
 def solve_once(factor: Factor, E: Tensor, r_z: Tensor, r_y: Tensor) -> tuple[Tensor, Tensor]:
     """Solve the active-set system with the factors alone."""
-    gap = matvec(E, cholesky_solve(factor.chol_q, r_z)) - r_y
-    u_y = schur_solve(factor, gap.mul_(factor.scale)).mul_(factor.scale)
-    # the product by itself: where rows depend on each other, large terms cancel in it exactly
-    return cholesky_solve(factor.chol_q, r_z - transposed_matvec(E, u_y)), u_y
+    step = cholesky_solve(factor.chol_q, r_z)
+    u_y = factor.scale * schur_solve(factor, factor.scale * (matvec(E, step) - r_y))
+    return step - cholesky_solve(factor.chol_q, transposed_matvec(E, u_y)), u_y
 
 
 def solve(
@@ -307,11 +306,11 @@ def solve(
     `project` is there for the other form: where rows depend on each other, the ridge of this factor does it.
     """
     u_z, u_y = solve_once(factor, E, r_z, r_y)
-    for _ in range(refine):  # by what is too much, so the steps are taken off
-        over_z = matvec(Q, u_z).sub_(r_z).add_(transposed_matvec(E, u_y))
-        over_y = matvec(E, u_z).sub_(r_y)  # inactive rows do not count
-        step_z, step_y = solve_once(factor, E, over_z, over_y)
-        u_z, u_y = u_z - step_z, u_y - step_y
+    for _ in range(refine):
+        left_z = r_z - matvec(Q, u_z) - transposed_matvec(E, u_y)
+        left_y = factor.active * (r_y - matvec(E, u_z))
+        step_z, step_y = solve_once(factor, E, left_z, left_y)
+        u_z, u_y = u_z + step_z, u_y + step_y
     return u_z, u_y, torch.zeros_like(u_z)
 
 

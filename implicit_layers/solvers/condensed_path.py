@@ -227,17 +227,18 @@ def progress(program: Program, state: State) -> Progress:
     total = product.sum(-1, keepdim=True)
     measure = (total * state.share).squeeze(-1) / (dual * unit)
     gap = (state.offset - s).sub_(cone_image(program, z, image))
-    row_gap = image[:, :n_eq]
+    row_gap, _ = split_rows(program, image)
     if program.elastic:
         yielded = program.compliance * y / balance
-        gap = gap + torch.nn.functional.pad(yielded[:, n_eq:], (0, s.shape[-1] - yielded.shape[-1] + n_eq))
-        row_gap = row_gap - yielded[:, :n_eq]
+        of_rows, of_cone = split_rows(program, yielded)
+        gap = gap + torch.nn.functional.pad(of_cone, (0, s.shape[-1] - of_cone.shape[-1]))
+        row_gap = row_gap - of_rows
     gap = gap.mul_(state.there)
     off = largest(slope) / dual
     if gap.shape[-1]:
         off = torch.maximum(off, largest(gap / torch.maximum(s, unit.unsqueeze(-1))))
     if n_eq:
-        side = program.f[:, :n_eq]
+        side, _ = split_rows(program, program.f)
         row_gap = row_gap - side
         terms = side.abs() + torch.maximum(length, 1e-5 * units.primal).unsqueeze(-1)
         off = torch.maximum(off, largest(row_gap / terms))
@@ -266,8 +267,8 @@ def step(program: Program, state: State, running: Tensor, reached: Progress, bar
     soft_e, soft = delta, delta
     if program.elastic:
         compliance = program.compliance.expand(-1, program.E.shape[-2]) / balance
-        soft_e = delta + compliance[:, :n_eq]
-        rows_c = compliance[:, n_eq:]
+        of_rows, rows_c = split_rows(program, compliance)
+        soft_e = delta + of_rows
         soft = delta + torch.nn.functional.pad(rows_c, (0, s.shape[-1] - rows_c.shape[-1]))
 
     safe = lam + (1.0 - there)
@@ -291,7 +292,7 @@ def step(program: Program, state: State, running: Tensor, reached: Progress, bar
         if program.bounded:
             d_z = d_z * free
         moved = quadratic.matvec(program.E, d_z)
-        return d_z, (cone_image(program, d_z, moved) * W).sub_(pushed), moved[:, :n_eq]
+        return d_z, (cone_image(program, d_z, moved) * W).sub_(pushed), split_rows(program, moved)[0]
 
     if not s.shape[-1]:
         push = product

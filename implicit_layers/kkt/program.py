@@ -308,11 +308,16 @@ def equilibrate(Q: Tensor, E: Tensor) -> Scaling:
 
 
 def _own_size(E: Tensor) -> Tensor:  # (N or 1, m, n) -> (N or 1, m)
-    """Give the powers of two that bring the largest entry of each row to about 1."""
+    """Give the powers of two that bring the largest entry of rows far from 1 to about that; 1 for the others.
+
+    Scaled like the others, such a row would hand half of its unit to its unknowns, whose own condition then vanishes.
+    """
     if not E.shape[-2]:
         return E.new_ones(E.shape[0], 0)
-    top = E.abs().amax(-1).clamp_(min=torch.finfo(E.dtype).tiny)
-    return _power_of_two(torch.where(top > torch.finfo(E.dtype).tiny, top, 1.0).reciprocal())
+    top, info = E.abs().amax(-1), torch.finfo(E.dtype)
+    most = 1e13 if E.dtype == torch.float64 else 1e4
+    far = (top > info.tiny) & ((top > most) | (top < 1.0 / most))
+    return _power_of_two(torch.where(far, top, 1.0).reciprocal())
 
 
 def _root(size: Tensor) -> Tensor:

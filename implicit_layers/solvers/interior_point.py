@@ -208,6 +208,7 @@ class InteriorPoint:
             return result
         if self.form != "dual":
             result = self._rescue(data, batch, result, index)
+            result = self._take_ties_in(program, data, result, index)
         part = data.take(index)
         found = _roughness(part, result.z[index], result.y[index], 4 * torch.finfo(data.p.dtype).eps / tol)
         info = result.info

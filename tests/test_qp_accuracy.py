@@ -155,3 +155,19 @@ def test_rows_whose_squares_are_no_numbers(rows: str, exponent: int, backend: st
     assert torch.allclose(solution.z, reference.z, atol=1e-9)
     for dual, old, factor in ((solution.nu, reference.nu, unit["A"]), (solution.lam, reference.lam, unit["G"])):
         assert torch.allclose(dual * factor, old, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["condensed", "dual"])
+@pytest.mark.parametrize("off", [0.0, 1e-12, 1e-9, 1e-6])
+def test_more_active_rows_than_unknowns_depend_on_each_other(off: float, form: str) -> None:
+    generator = torch.Generator().manual_seed(17)
+    G, inside = (torch.randn(*s, generator=generator, dtype=DOUBLE) for s in ((6, 64, 8), (6, 8)))
+    h = (G @ inside[..., None])[..., 0] + torch.rand(6, 64, generator=generator, dtype=DOUBLE)
+    G[:, 32:] = G[:, :32] + off * torch.randn(6, 32, 8, generator=generator, dtype=DOUBLE)
+    h[:, 32:] = h[:, :32] + off
+    p = 3.0 * torch.randn(6, 8, generator=generator, dtype=DOUBLE)
+    solution = il.solve_qp(torch.eye(8, dtype=DOUBLE), p, G=G, h=h, solver=il.InteriorPoint(form=form, backend="torch"))
+    many = (solution.lam > 1e-9).sum(-1) > 8
+    assert (solution.info.degenerate[many] & int(il.Degeneracy.DEPENDENT) > 0).all()
+    if off == 0.0:
+        assert many.any()

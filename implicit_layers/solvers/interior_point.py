@@ -345,11 +345,14 @@ class InteriorPoint:
             outcome, factor, plural = _least_norm(data, program, outcome, factor, solved, settings)
         converged = status == int(Status.CONVERGED)
         z, y, bound = program.unscaled(outcome.z, outcome.y, outcome.bound)
+        dependent = factor.singular & 2 > 0
+        if data.compliance is None:  # more of them than unknowns, whatever rounding makes of the factor
+            dependent = dependent | (outcome.active.sum(-1) + (outcome.fixed != 0).sum(-1) > data.Q.shape[-1])
         degenerate = outcome.weak * int(Degeneracy.WEAK)
-        degenerate = degenerate + (factor.singular & 2 > 0) * int(Degeneracy.DEPENDENT)
+        degenerate = degenerate + dependent * int(Degeneracy.DEPENDENT)
         degenerate = degenerate + (plural | (factor.singular & 1 > 0)) * int(Degeneracy.PRIMAL)
         info = SolveInfo(status, converged, outcome.iterations, outcome.residual)
-        condition = condensed.condition(program, factor)
+        condition = torch.where(dependent, torch.inf, condensed.condition(program, factor))
         return QPResult(z, y, bound, outcome.active, outcome.fixed, factor, degenerate.to(torch.int8), condition, info)
 
 

@@ -5,11 +5,17 @@ Points are known in closed form; certificates are computed here, in the units of
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 import implicit_layers as il
+from implicit_layers.solvers import compiled
 
 DOUBLE = torch.float64
 BACKENDS = ["torch", pytest.param("auto", id="with the kernel")]
@@ -171,3 +177,16 @@ def test_more_active_rows_than_unknowns_depend_on_each_other(off: float, form: s
     assert (solution.info.degenerate[many] & int(il.Degeneracy.DEPENDENT) > 0).all()
     if off == 0.0:
         assert many.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"), [("bogus", True), ("AVX2", True), ("best", False), ("basic", False), ("none", False)]
+)
+def test_a_kernel_that_is_not_there_is_warned_of(name: str, warned: bool) -> None:
+    if compiled.description().startswith("none"):
+        warned = False  # without a kernel there is none to choose
+    code = "import warnings; warnings.simplefilter('ignore', FutureWarning); import implicit_layers"
+    environment = {**os.environ, "IMPLICIT_LAYERS_KERNEL": name, "PYTHONPATH": str(Path(il.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ("ImplicitLayersWarning: IMPLICIT_LAYERS_KERNEL" in done.stderr) == warned
+    assert not warned or "none of best, avx512, avx2, basic, none" in done.stderr

@@ -27,12 +27,15 @@ F64 = torch.float64
 # --- the optimal value ----------------------------------------------------------------------------------------------
 
 
-def test_the_gradient_of_the_value_takes_no_solve(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_gradient_of_the_value_takes_no_solve(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     calls = []
-    right = derivative.solve_kkt
-    monkeypatch.setattr(derivative, "solve_kkt", lambda *given: calls.append(1) or right(*given))
+    solver = il.InteriorPoint(backend=backend)
+    for where, name in ((derivative, "solve_kkt"), (derivative.compiled, "adjoint")):
+        right = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *given, right=right: calls.append(1) or right(*given))
     data = {name: t.clone().requires_grad_() for name, t in boxed(5, 4, 1, batch=(3,), seed=1).items()}
-    solution = il.solve_qp(**data)
+    solution = il.solve_qp(**data, solver=solver)
     gradients = dict(zip(data, torch.autograd.grad(solution.value.sum(), list(data.values())), strict=True))
     assert not calls
     with torch.no_grad():
@@ -40,7 +43,7 @@ def test_the_gradient_of_the_value_takes_no_solve(monkeypatch: pytest.MonkeyPatc
         assert torch.allclose(gradients["Q"], 0.5 * solution.z.unsqueeze(-1) * solution.z.unsqueeze(-2))
         assert torch.allclose(gradients["b"], -solution.nu) and torch.allclose(gradients["h"], -solution.lam)
         assert torch.allclose(gradients["lb"], solution.lam_lb) and torch.allclose(gradients["ub"], -solution.lam_ub)
-    il.solve_qp(**data).z.sum().backward()
+    il.solve_qp(**data, solver=solver).z.sum().backward()
     assert calls
 
 
@@ -410,7 +413,7 @@ def test_fewer_checks_fewer_synchronisations(host_syncs) -> None:  # type: ignor
     counts = []
     for k in (1, 5):
         with host_syncs() as found:
-            il.solve_qp(**data, solver=il.InteriorPoint(check_every=k))
+            il.solve_qp(**data, solver=il.InteriorPoint(check_every=k, backend="torch"))
         counts.append(len(found.found))
     assert counts[1] < counts[0]
 

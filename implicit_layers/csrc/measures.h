@@ -5,7 +5,9 @@ constexpr double TINY = 2.2250738585072014e-308;
 constexpr double BEST = 1e-12;    // a residual above it is not good enough here
 constexpr double STEEP = 1e8;     // a condition above it costs digits that the residual does not show
 constexpr long LONG_PATH = 20;    // iterations after which another form may do better
+constexpr double ORDINARY = 1e100; // the largest length of a row, and the inverse of the smallest
 constexpr double WEAK = 1e-11;
+constexpr double NEAR = 1e-3;     // of the minimum without constraints: to which z is known well enough to call a row weak
 constexpr double TO_BOUNDARY = 0.995;
 constexpr double SHORTEST = 1e-8;
 

@@ -305,7 +305,7 @@ static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     take_large_pages(task.chol_ineq, batch * d.hold * d.hold, sizeof(double));
     if (!finish(is_float ? &Width::solve_float : &Width::solve_double, &task, task.data, threads)) return nullptr;
     long settled = 0;
-    for (long b = 0; b < batch; ++b) settled += task.settled[b];
+    for (long b = 0; b < batch; ++b) settled += task.settled[b] && !task.weak[b];  // which another look may undo
     return PyLong_FromLong(settled);
 }
 

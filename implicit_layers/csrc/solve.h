@@ -193,9 +193,15 @@ class Group {
             if (old_q) definite = as_mask(kept[DEFINITE]);
             kept[DEFINITE] = as_number(definite);
             if (form == BOUNDED && !old_q) invert();
+            M ordinary = definite | ~definite;  // squares of these rows neither vanish nor overflow
             for (long i = 0; i < (old_q ? p + g : rows); ++i) {
                 V* row = H + i * n;
                 const V size = root(inner(row, row, n));
+                if (i < p + g && any(~within(reach[i]) | ~within(size))) {
+                    V top = all<V>(0.0);
+                    for (long j = 0; j < n; ++j) top = largest(magnitude(E[i * n + j]), top);
+                    ordinary &= (top == 0.0) | (within(reach[i]) & within(size));
+                }
                 touches[i] = size > 0.0 ? all<V>(1.0) : all<V>(0.0);
                 scale[i] = 1.0 / (size > 0.0 ? size : all<V>(1.0));
                 for (long j = 0; j < n; ++j) row[j] *= scale[i];
@@ -208,7 +214,7 @@ class Group {
             }
             const V floor = all<V>(16.0 * p * EPS);
             const M independent = factorise<V, M>(S, lds, p, rows, 0, inv_eq, &floor, 0);
-            kept[INDEPENDENT] = as_number(independent);
+            kept[INDEPENDENT] = as_number(independent & ordinary);
             if (form == WIDE) wide.project(S, p, rows);
             if (form == NARROW) slim.project(H, p, S, inv_eq, S + p * lds);
             V high = all<V>(0.0), low = all<V>(1.0 / 0.0);
@@ -244,6 +250,7 @@ class Group {
         }
     }
 
+    static M within(V size) { return (size > 1.0 / ORDINARY) & (size < ORDINARY); }
     static V as_number(M mask) { return mask ? all<V>(1.0) : all<V>(0.0); }
     static M as_mask(V number) { return number > 0.5; }
 
@@ -594,6 +601,7 @@ class Group {
             dual_size = largest(largest(magnitude(dual[i]), active[i] != 0.0 ? size : zero), dual_size);
             corrected[i] = active[i];
         }
+        const V near_ = largest(length, NEAR * free_norm);
         M wrong = all<V>(0.0) != all<V>(0.0), weak = wrong;
         for (long i = p; i < p + g; ++i) {
             const V size = scale[i] * magnitude(f[i]) + touches[i] * reach_;
@@ -602,7 +610,7 @@ class Group {
             const M leave = held & (dual[i] < -sign_tol * dual_size), enter = ~held & (slack < -sign_tol * size);
             corrected[i] = leave ? zero : enter ? all<V>(1.0) : active[i];
             wrong |= leave | enter;
-            weak |= (magnitude(dual[i]) <= WEAK * dual_size) & (magnitude(slack) <= WEAK * size);
+            weak |= (magnitude(dual[i]) <= WEAK * dual_size) & (magnitude(slack) <= WEAK * (scale[i] * magnitude(f[i]) + touches[i] * near_));
         }
         for (const Side& side : sides)
             for (long i = 0; i < side.count; ++i) {
@@ -613,7 +621,8 @@ class Group {
                 const M enter = there & (active[row] == 0.0) & (slack < -sign_tol * size);
                 corrected[row] = leave ? zero : enter ? all<V>(side.sign) : corrected[row];
                 wrong |= leave | enter;
-                weak |= there & (magnitude(dual[row]) <= WEAK * dual_size) & (magnitude(slack) <= WEAK * size);
+                const V near_size = scale[row] * magnitude(f[p + j]) + near_;
+                weak |= there & (magnitude(dual[row]) <= WEAK * dual_size) & (magnitude(slack) <= WEAK * near_size);
             }
         weakly = as_number(weak);
         residual_ = relative_residual();

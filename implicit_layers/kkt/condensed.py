@@ -344,7 +344,7 @@ def solve(
     column, row, cost = factor.column, factor.row, factor.cost
     free = 1.0 - factor.fixed
     pull = free * factor.stiffness / (cost * column**2)
-    compliance = factor.compliance * cost / row**2
+    compliance = factor.compliance * cost / row / row
     at = torch.zeros_like(r_z) if r_bound is None else r_bound
     fixed_z = factor.fixed * at
 

@@ -119,7 +119,7 @@ class Program(NamedTuple):
         """Scale the programs and take their infinities out; what is elastic or stiff gets units of its own."""
         column, row, cost = equilibrate(data.Q, data.E)
         if data.compliance is not None:
-            row = row * _power_of_two((1.0 + data.compliance * row**2 / cost).rsqrt())
+            row = row * _power_of_two((1.0 + data.compliance * row * row / cost).rsqrt())
         if stiffness is not None:
             column = column * _power_of_two((1.0 + stiffness * column**2 * cost).rsqrt())
         scaling = Scaling(column, row, cost)
@@ -147,7 +147,7 @@ class Program(NamedTuple):
             has_lb=has_lb & pinned.logical_not(),
             has_ub=has_ub & pinned.logical_not(),
             pinned=pinned,
-            compliance=compliance * row**2 / cost,
+            compliance=compliance * row * row / cost,
             scaling=scaling,
             units=_units(Q, p, (f, lb, ub)),
             n_eq=data.n_eq,
@@ -273,7 +273,8 @@ def relative_residual(data: Data, z: Tensor, y: Tensor, bound: Tensor) -> Tensor
 def equilibrate(Q: Tensor, E: Tensor) -> Scaling:
     """Scale the columns and rows of [Q Eᵀ; E 0] towards one size, and the cost to |Q| about 1; Q = 0 is left alone."""
     n, m = Q.shape[-1], E.shape[-2]
-    size_q, size_e = Q.abs(), E.abs()
+    size_q, own = Q.abs(), _own_size(E)
+    size_e = E.abs() * own.unsqueeze(-1)  # entries about 1, whatever the units of a row: its square is a number too
     batch = max(Q.shape[0], E.shape[0])
     column = Q.new_ones(batch, n)
     row = E.new_ones(batch, m)
@@ -295,12 +296,28 @@ def equilibrate(Q: Tensor, E: Tensor) -> Scaling:
     steepest = (column * (size_q * column.unsqueeze(-2)).amax(-1)).amax(-1, keepdim=True)
     cost = _power_of_two(torch.where(steepest > 0, steepest, 1.0).reciprocal())
     if m:
-        length = torch.linalg.vector_norm(size_e * column.unsqueeze(-2), dim=-1)
+        even = torch.linalg.vector_norm(size_e * column.unsqueeze(-2), dim=-1)
+        length = (even / own).clamp_(max=torch.finfo(even.dtype).max)
         longest = length.amax(-1, keepdim=True)
         shortest = torch.where(length > 0, length, torch.inf).amin(-1, keepdim=True)
-        length = torch.where(longest > _SIMILAR_ROWS * shortest, length, longest)
-        row = _power_of_two(torch.where(length > 0, length, 1.0).reciprocal())
+        differ = longest > _SIMILAR_ROWS * shortest
+        row = _power_of_two(torch.where(differ & (even > 0), even, 1.0).reciprocal()) * own
+        one = _power_of_two(torch.where(longest > 0, longest, 1.0).reciprocal())
+        row = torch.where(differ, row, one)
     return Scaling(column, row, cost)
+
+
+def _own_size(E: Tensor) -> Tensor:  # (N or 1, m, n) -> (N or 1, m)
+    """Give the powers of two that bring the largest entry of rows far from 1 to about that; 1 for the others.
+
+    Scaled like the others, such a row would hand half of its unit to its unknowns, whose own condition then vanishes.
+    """
+    if not E.shape[-2]:
+        return E.new_ones(E.shape[0], 0)
+    top, info = E.abs().amax(-1), torch.finfo(E.dtype)
+    most = 1e13 if E.dtype == torch.float64 else 1e4
+    far = (top > info.tiny) & ((top > most) | (top < 1.0 / most))
+    return _power_of_two(torch.where(far, top, 1.0).reciprocal())
 
 
 def _root(size: Tensor) -> Tensor:

@@ -66,6 +66,10 @@ class Factor(NamedTuple):
         full.diagonal(dim1=-2, dim2=-1).add_(1.0 - spread.sum(-2))
         return self._replace(chol_ineq=full)
 
+    def take(self, index: Tensor) -> Factor:
+        """Keep some programs, all with one batch dimension; what they share stays shared."""
+        return Factor(*(part if part.shape[0] == 1 else part[index] for part in self))
+
     def put(self, batch: int, index: Tensor, part: Factor) -> Factor:
         """Replace the factors of the programs `index`, all with one batch dimension; what both share stays shared."""
 
@@ -240,6 +244,8 @@ def factorise(reduced: Reduced, active: Tensor) -> tuple[Factor, Tensor]:
     masked = (reduced.projected * chosen.unsqueeze(-1)).mul_(chosen.unsqueeze(-2))
     masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - chosen)
     chol_ineq, positive = _cholesky(masked)
+    if active.shape[-1] > reduced.chol_q.shape[-1]:  # more rows than unknowns, whatever rounding makes of the pivots
+        positive = positive & (active.sum(-1) <= reduced.chol_q.shape[-1])
     factor = Factor(reduced.chol_q, reduced.chol_eq, reduced.across, chol_ineq, reduced.scale, active)
     return factor, positive > reduced.dependent if reduced.chol_eq.shape[-1] else positive
 

@@ -20,7 +20,7 @@ from implicit_layers.kkt.program import ActiveSet, Data, relative_residual
 from implicit_layers.qp.arguments import Program, refuse_values
 from implicit_layers.qp.value import optimal_value, slacks
 from implicit_layers.solution import Degeneracy, OnFailure, QPInfo, SolveInfo, Status, report_failure
-from implicit_layers.solvers import compiled
+from implicit_layers.solvers import active_set, compiled, interior_point
 from implicit_layers.solvers.active_set import REFINE, REFINE_DEPENDENT
 from implicit_layers.solvers.interior_point import InteriorPoint, QPResult
 
@@ -112,6 +112,8 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
     program = Program(*tensors)  # type: ignore[arg-type]
     solver, batch = settings.solver, program.batch
     settled = settled_by_the_kernel(settings, program, batch) if settings.settled is None else settings.settled
+    if settled is not None and settled.number < batch.numel():
+        settled = _without_ties(settled, program, batch)
     if settled is not None and settled.number == batch.numel():
         return _outcome(settled, factor)
     if settings.synchronises and not settings.checked:
@@ -198,11 +200,27 @@ def settled_by_the_kernel(settings: Settings, program: Program, batch: torch.Siz
     )
 
 
+def _without_ties(settled: compiled.Settled, program: Program, batch: torch.Size) -> compiled.Settled:
+    """Leave those weak programs whose rows without a dual depend on those with one to the other solvers.
+
+    With bounds they stay, with the derivative to one side.
+    """
+    weak = (settled.done & (settled.weak > 0)).reshape(-1).nonzero().squeeze(-1)
+    if weak.numel() and settled.bound is None:
+        part = _flat(program, batch, torch.float64).take(weak)
+        z, active = (t.reshape(batch.numel(), t.shape[-1])[weak].double() for t in (settled.z, settled.factor.active))
+        chol_q, _ = torch.linalg.cholesky_ex(part.Q)
+        reduced = interior_point.dual_program(part, chol_q)
+        ties = active_set.tied(reduced, active, z, torch.finfo(program.p.dtype).eps)
+        settled.done.view(-1)[weak] = ties.any(-1).logical_not()
+    return settled._replace(number=int(settled.done.sum()))
+
+
 def _outcome(settled: compiled.Settled, factor: bool) -> Outcome:
     """The outcome where every problem is settled."""
     z, nu, lam, bound, s, value, pull_lb, pull_ub, *_ = settled
-    if not bound.shape[-1]:  # autograd wants each output to be its own
-        pull_lb, pull_ub = bound.clone(), bound.clone()
+    if bound is None or pull_lb is None or pull_ub is None:
+        bound, pull_lb, pull_ub = (z.new_empty(*z.shape[:-1], 0) for _ in range(3))
     return Outcome(
         z,
         nu,
@@ -226,7 +244,7 @@ def _outcome(settled: compiled.Settled, factor: bool) -> Outcome:
 def _active_set(settled: compiled.Settled) -> ActiveSet:
     """What is active, in the dtype of the factor."""
     active = settled.factor.active
-    if not settled.bound.shape[-1]:
+    if settled.pull_lb is None or settled.pull_ub is None:
         return ActiveSet(active, torch.zeros_like(settled.z, dtype=active.dtype))
     rows = settled.nu.shape[-1] + settled.lam.shape[-1]
     return ActiveSet(active[..., :rows].contiguous(), (settled.pull_ub - settled.pull_lb).to(active.dtype))
@@ -244,12 +262,12 @@ def _solve_the_rest(
     z, y = flat(settled.z).to(data.p.dtype), flat(torch.cat([settled.nu, settled.lam], dim=-1)).to(data.p.dtype)
     done = flat(settled.done)
     active, fixed = map(flat, _active_set(settled))
-    bound = flat(settled.bound).to(z) if settled.bound.shape[-1] else torch.zeros_like(z)
+    bound = torch.zeros_like(z) if settled.bound is None else flat(settled.bound).to(z)
     info = SolveInfo(flat(torch.zeros_like(settled.weak)), done, flat(settled.iterations), flat(settled.residual).to(z))
     factor = quadratic.Factor(
         *(quadratic.unexpand(t, k, batch) for t, k in zip(settled.factor, quadratic.EVENT_NDIM, strict=True))
     )
-    if not settled.bound.shape[-1]:  # with bounds all go on in the other form
+    if settled.bound is None:  # with bounds all go on in the other form
         factor = factor.whole()
     result = QPResult(z, y, bound, active, fixed.to(z), factor, flat(settled.weak), flat(settled.condition).to(z), info)
     index = done.logical_not().nonzero().squeeze(-1)

@@ -21,6 +21,8 @@ REFINE = 1  # refinement steps on a factor without ridge
 REFINE_DEPENDENT = 6  # with the ridge: each step gains a factor ridge / (smallest non-zero eigenvalue)
 _WEAK = 1e-11  # relative size below which a dual or a slack counts as zero
 _TIGHT = 1e-11  # relative residual that consistent dependent rows must reach
+_NEAR = 1e-3  # of the minimum without constraints: how far from a row z must be known to say that it is on it
+_IN_SPAN = 1e-12  # what is left of a squared unit row without its part in the span of others, where it is rounding
 _FAR = 1e6  # how many times farther than every single constraint the nearest feasible point may lie
 
 
@@ -124,7 +126,7 @@ def solve_on(
     of_dual = dual / dual_size.clamp_(min=torch.finfo(dual.dtype).tiny).unsqueeze(-1)
     of_gap = gap / size
     wrong = torch.lerp(of_gap, -of_dual, active) > sign_tol
-    near = torch.hypot(of_dual, of_gap)
+    near = torch.hypot(of_dual, gap / _near(reduced, length))
     if n_eq:  # equalities are active, whatever the sign of their dual
         wrong[:, :n_eq] = False
         near = near[:, n_eq:]
@@ -133,6 +135,48 @@ def solve_on(
     accepted = torch.gt(independent & (residual <= tol), wrong.any(-1))
     y[:, n_eq:].clamp_(min=0.0)
     return ActiveSetPoint(z, y, factor, residual, accepted, independent, weak, wrong)
+
+
+def _near(reduced: quadratic.Reduced, length: Tensor) -> Tensor:  # (k,) -> (k, m)
+    """Give the unit of slacks: the terms of a row at z itself, or what rounding of a far minimum leaves of them."""
+    return quadratic.magnitude(reduced, torch.maximum(length, _NEAR * reduced.free_norm))
+
+
+def tied(program: Program, active: Tensor, z: Tensor, rounding: float = 0.0) -> Tensor:  # -> (k, m) bool
+    """Tell which inequalities hold with equality, without a dual, in the span of the active rows.
+
+    `rounding`: relative size of an error of z.
+    """
+    reduced, m = program.reduced, active.shape[-1]
+    held = active.unsqueeze(-1)
+    within = reduced.schur * held
+    masked = within * active.unsqueeze(-2)
+    masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - active)
+    lowered = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(masked)[0], within, upper=False)
+    rest = reduced.touches - (lowered**2).sum(-2)
+    tight = program.gap(z).abs() <= max(_WEAK, 64 * rounding) * _near(reduced, program.length(z))
+    inequality = torch.arange(m, device=z.device) >= program.n_eq
+    parallel = (reduced.schur.abs() * active.unsqueeze(-2)).amax(
+        -1
+    ) >= 1.0 - _IN_SPAN  # however ill-conditioned the span
+    return inequality & (active == 0) & tight & ((rest <= _IN_SPAN) | parallel) & (reduced.touches > 0)
+
+
+def shared_duals(program: Program, active: Tensor, y: Tensor) -> Tensor:  # -> (k, m)
+    """From duals y on some of the active rows towards those of least norm on all, which depend on each other.
+
+    All the way where signs allow it, else half as far as they do.
+    """
+    reduced = program.reduced
+    masked = (reduced.schur * active.unsqueeze(-1)).mul_(active.unsqueeze(-2))
+    inverse = torch.linalg.pinv(masked, rtol=1e-11, hermitian=True)
+    edge, least = y / reduced.scale, quadratic.matvec(inverse, reduced.violation)
+    least = torch.where(least.abs() <= 1e-12 * quadratic.largest(least).unsqueeze(-1), 0.0, least)
+    inequality = torch.arange(active.shape[-1], device=y.device) >= program.n_eq
+    out = inequality & (least < 0)
+    reach = torch.where(out, edge / torch.where(out, edge - least, 1.0), torch.inf).amin(-1, keepdim=True)
+    share = torch.where(torch.isinf(reach), 1.0, 0.5 * reach)
+    return reduced.scale * torch.lerp(edge, least, share)
 
 
 class Answers:
@@ -223,7 +267,8 @@ class Answers:
         if not left.numel():
             return left
         program, active, y = program.take(left), active[left], y[left]
-        chosen = _independent_rows(program.reduced.schur, active, y / program.reduced.scale, program.n_eq)
+        n, n_eq = program.Q.shape[-1], program.n_eq
+        chosen = _independent_rows(program.reduced.schur, active, y / program.reduced.scale, n_eq, n)
         return left[self.settle(program, index[left], chosen, chosen * y, tol=tol, sign_tol=1e-10, refine=3)]
 
     def give_up(self, program: Program, index: Tensor, active: Tensor, y: Tensor, *, tol: float) -> None:
@@ -307,8 +352,8 @@ def _unit(vector: Tensor) -> Tensor:  # (k, m) -> (k, m)
     return vector / quadratic.largest(vector).clamp(min=torch.finfo(vector.dtype).tiny).unsqueeze(-1)
 
 
-def _independent_rows(schur: Tensor, active: Tensor, dual: Tensor, n_eq: int) -> Tensor:  # -> (k, m)
-    """Choose active rows that do not depend on each other: equalities first, then by decreasing dual."""
+def _independent_rows(schur: Tensor, active: Tensor, dual: Tensor, n_eq: int, most: int) -> Tensor:  # -> (k, m)
+    """Choose at most so many active rows that do not depend on each other: equalities first, then large duals."""
     m = active.shape[-1]
     weight = torch.where(torch.arange(m, device=dual.device) < n_eq, torch.inf, active * dual)
     order = weight.argsort(-1, descending=True)  # (k, m)
@@ -319,7 +364,7 @@ def _independent_rows(schur: Tensor, active: Tensor, dual: Tensor, n_eq: int) ->
     least = quadratic.least_pivot(schur)
     for j in range(m):  # Cholesky, one row after the other, leaving out rows whose pivot vanishes
         pivot = rest[:, j, j]
-        kept[:, j] = wanted[:, j] & (pivot > least)
+        kept[:, j] = wanted[:, j] & (pivot > least) & (kept.sum(-1) < most)
         column = torch.where(kept[:, j, None], rest[:, :, j] * pivot.clamp(min=least).rsqrt()[:, None], 0.0)
         rest = rest - quadratic.outer(column, column)
     return torch.zeros_like(active).scatter(-1, order, kept.to(active.dtype))

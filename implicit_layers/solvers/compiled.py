@@ -4,7 +4,8 @@ Its steps are those of `dual_path` and `active_set`, for the whole of a program 
 each lane of the processor's registers, the programs of a batch shared by threads. Bounds are rows of the identity,
 which nobody writes down. It settles what those steps settle and leaves all others, fixed unknowns among them, to the
 general solvers. It is there when the package was built with a C++ compiler. The environment variable
-IMPLICIT_LAYERS_KERNEL, read at import, takes a lesser one: "avx2", "basic" or "none".
+IMPLICIT_LAYERS_KERNEL, read at import, takes a lesser one: "avx2", "basic" or "none". What it names and is not there
+is warned of, and the best there is taken.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from implicit_layers.errors import UnsupportedError
+from implicit_layers.errors import ImplicitLayersWarning, UnsupportedError, warn
 from implicit_layers.kkt import quadratic
 
-_OFF = os.environ.get("IMPLICIT_LAYERS_KERNEL") == "none"
+_CHOICES = ("best", "avx512", "avx2", "basic", "none")
+_WISH = os.environ.get("IMPLICIT_LAYERS_KERNEL", "")
+_OFF = _WISH == "none"
 try:
     _kernel: Any = None if _OFF else import_module("implicit_layers._kernel")
 except ImportError:  # built without a compiler
     _kernel = None
+
+if _kernel is not None and _WISH not in ("", "best", _kernel.describe()[0]):
+    _why = "this processor has no such instructions" if _WISH in _CHOICES else f"it is none of {', '.join(_CHOICES)}"
+    warn(f"IMPLICIT_LAYERS_KERNEL={_WISH}: {_why}; took {_kernel.describe()[0]}", ImplicitLayersWarning)
 
 _MOST_UNKNOWNS = 160  # beyond which a program no longer fits the cache, and the libraries behind PyTorch are faster
 _MOST_ROWS = 200
@@ -40,11 +47,11 @@ class Settled(NamedTuple):
     z: Tensor  # (*B, n)
     nu: Tensor  # (*B, n_eq)
     lam: Tensor  # (*B, n_ineq)
-    bound: Tensor  # (*B, n) λ_ub − λ_lb, or (*B, 0) without bounds
+    bound: Tensor | None  # (*B, n) λ_ub − λ_lb; none without bounds, nor what pulls
     s: Tensor  # (*B, n_ineq)
     value: Tensor  # (*B,)
-    pull_lb: Tensor  # like `bound`: 1 where the lower bound holds the unknown
-    pull_ub: Tensor  # like `bound`: 1 where the upper bound does
+    pull_lb: Tensor | None  # like `bound`: 1 where the lower bound holds the unknown
+    pull_ub: Tensor | None  # like `bound`: 1 where the upper bound does
     factor: quadratic.Factor  # float64, each (*B, ...); with bounds on the rows (A, G, identity)
     weak: Tensor  # (*B,) int8
     condition: Tensor  # (*B,)
@@ -121,8 +128,7 @@ def solve(
     double = torch.float64
     z, nu, lam = Q.new_empty(*batch, n), Q.new_empty(*batch, n_eq), Q.new_empty(*batch, n_ineq)
     s, value = Q.new_empty(*batch, n_ineq), Q.new_empty(batch)
-    bound = Q.new_empty(*batch, held)
-    pull_lb, pull_ub = (torch.empty_like(bound), torch.empty_like(bound)) if bounded else (bound, bound)
+    bound, pull_lb, pull_ub = [torch.empty_like(z) for _ in range(3)] if bounded else (None, None, None)
     residual, condition = torch.empty_like(value), torch.empty_like(value)
     # sizes one by one, which PyTorch reads in half the time; like Q, since the user's default device may be another
     chol_q = Q.new_empty(*of_q, n, n, dtype=double)
@@ -144,7 +150,8 @@ def solve(
         0 if start is None else start.data_ptr(),
         tol,
         min(max_iter, 2**31),
-        *[t.data_ptr() for t in (z, nu, lam, bound, s, value, pull_lb, pull_ub, residual, condition)],
+        *[0 if t is None else t.data_ptr() for t in (z, nu, lam, bound, s, value, pull_lb, pull_ub)],
+        *[t.data_ptr() for t in (residual, condition)],
         *[t.data_ptr() for t in (chol_q, chol_eq, across, chol_ineq, scale, active, iterations, weak, done)],
     )
     if shared_q:

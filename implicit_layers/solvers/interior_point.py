@@ -39,6 +39,7 @@ _MANY_ROWS = 2.5  # inequality rows for each unknown, beyond which the condensed
 _SUSPECT = {torch.float64: (2e-12, 1e-6), torch.float32: (2e-6, 1e-3)}
 _LONG = 20  # iterations of the dual form, beyond which the condensed form has a try too
 _POOR = 1e-12  # a residual of the dual form above which the condensed form has a try
+_ORDINARY = 1e50  # the largest entry of a row, and the inverse of the smallest, of which the dual form takes squares
 _STEEP = 1e8  # a condition of its factors above which digits are lost that the residual does not show
 
 
@@ -178,17 +179,56 @@ class InteriorPoint:
             return None
         chol_q, definite = quadratic.check_definite(data.Q)
         suits = definite.all() & (data.f - data.f == 0).all()  # which only finite numbers satisfy
+        sizes = torch.cat([data.E.abs().amax(-1).flatten(), data.Q.diagonal(dim1=-2, dim2=-1).flatten()])
+        least, largest = torch.aminmax(sizes.masked_fill_(sizes <= 0, 1.0))
+        suits = suits & (least * _ORDINARY > 1.0) & (largest < _ORDINARY)
         for bound in (data.lb, data.ub):
             suits = suits if bound is None else suits & torch.isinf(bound).all()
         return chol_q if checks.host_bool(suits) else None
 
     def _solve_dual(self, data: Data, batch: int, chol_q: Tensor, begin: ActiveSet | None) -> QPResult:
-        """Solve in the dual form; where it fails, try the condensed form before giving up."""
-        Q, p, E, f, _, _, n_eq, _ = data
-        tol = self.tolerance(p.dtype)
-        reduced = quadratic.reduce(chol_q, p, E, f, n_eq, active_set.RIDGE)
-        program = active_set.Program(Q, p, E, f, n_eq, reduced)
+        """Solve in the dual form; where it fails or does poorly, try other ways before giving up."""
+        tol = self.tolerance(data.p.dtype)
+        program = dual_program(data, chol_q)
         start = None if begin is None else begin.active
+        result, poor, steps = self._answer_dual(program, data, batch, start)
+        if steps > _LONG:
+            poor = poor | (result.info.iterations > _LONG)
+        poor = poor & (result.info.status != int(Status.INFEASIBLE))
+        odd = poor | (result.degenerate == int(Degeneracy.WEAK))
+        if not batch or not checks.host_bool(odd.any()):
+            return result
+        index = odd.nonzero().squeeze(-1)
+        if data.n_eq:
+            result = self._recentre(program, data, result, index)
+        before = result.degenerate
+        result = self._take_ties_in(program, data, result, index)
+        poor = poor & (result.degenerate == before)
+        index = poor.nonzero().squeeze(-1)
+        if not index.numel():
+            return result
+        if self.form != "dual":
+            result = self._rescue(data, batch, result, index)
+            result = self._take_ties_in(program, data, result, index)
+        part = data.take(index)
+        found = _roughness(part, result.z[index], result.y[index], 4 * torch.finfo(data.p.dtype).eps / tol)
+        info = result.info
+        residual = torch.maximum(info.residual[index], found)
+        lost = info.converged[index] & (residual > tol)
+        status = torch.where(lost, int(Status.NOT_CONVERGED), info.status[index]).to(torch.int8)
+        return result._replace(
+            info=info._replace(
+                status=info.status.index_copy(0, index, status),
+                converged=info.converged.index_copy(0, index, status == int(Status.CONVERGED)),
+                residual=info.residual.index_copy(0, index, residual),
+            )
+        )
+
+    def _answer_dual(
+        self, program: active_set.Program, data: Data, batch: int, start: Tensor | None
+    ) -> tuple[QPResult, Tensor, int]:
+        """Solve in the dual form; also where that has gone poorly, (N,) bool, and the most iterations."""
+        tol = self.tolerance(data.p.dtype)
         answers = dual_path.solve(program, batch, tol=tol, max_iter=self.max_iter, start=start)
         factor = answers.factor(program)
         degenerate, residual, iterations = answers.degenerate.to(torch.int8), answers.residual, answers.iterations
@@ -202,13 +242,71 @@ class InteriorPoint:
         poor = (torch.maximum(residual, _roughness(data, answers.z, answers.y)) > _POOR) | (condition > _STEEP)
         if tol < _POOR:
             poor = poor | (residual > tol)
-        if answers.steps > _LONG:
-            poor = poor | (iterations > _LONG)
         if answers.surrendered:
-            poor = (answers.status != int(Status.INFEASIBLE)) & (~converged | poor)
-        if self.form == "dual" or not batch or not checks.host_bool(poor.any()):
+            poor = poor | converged.logical_not()
+        return result, poor, answers.steps
+
+    def _take_ties_in(self, program: active_set.Program, data: Data, result: QPResult, index: Tensor) -> QPResult:
+        """Where rows without a dual are on the span of those with one, none of them is more active than the others."""
+        index = index[result.degenerate[index] == int(Degeneracy.WEAK)]
+        if not index.numel():
             return result
-        return self._rescue(data, batch, result, poor.nonzero().squeeze(-1))
+        part, found = program.take(index), result.take(index)
+        ties = active_set.tied(part, found.active, found.z)
+        rows = ties.any(-1).nonzero().squeeze(-1)
+        if not rows.numel():
+            return result
+        index, part, found = index[rows], part.take(rows), found.take(rows)
+        active = torch.where(ties[rows], 1.0, found.active)
+        y = active_set.shared_duals(part, active, found.y)
+        residual = part.residual(found.z, y)
+        factor = quadratic.factorise_with_ridge(part.reduced, active, active_set.RIDGE)
+        found = found._replace(
+            y=y,
+            active=active,
+            degenerate=torch.full_like(found.degenerate, int(Degeneracy.DEPENDENT)),
+            condition=torch.full_like(found.condition, torch.inf),
+            info=found.info._replace(residual=residual),
+        )
+        good = (residual <= min(self.tolerance(data.p.dtype), _POOR)).nonzero().squeeze(-1)
+        return result.put(data, index[good], found.take(good)._replace(factor=factor.take(good)))
+
+    def _recentre(self, program: active_set.Program, data: Data, result: QPResult, index: Tensor) -> QPResult:
+        """Solve some programs again, seen from the minimum on their equalities.
+
+        Around that point z₁, ν₁ the program is one in z − z₁ and ν − ν₁ with the cost Qz₁ + p + Aᵀν₁ and the sides
+        f − Ez₁. Where the equalities hold a long p, that cost is little more than rounding, and the minimum without
+        constraints, whose rounding hides what is active, no longer far.
+        """
+        before = torch.maximum(
+            result.info.residual[index], _roughness(data.take(index), result.z[index], result.y[index])
+        )
+        weak = result.degenerate[index] == int(Degeneracy.WEAK)
+        wanted = (before > _POOR) | result.info.converged[index].logical_not() | weak
+        if not checks.host_bool(wanted.any()):
+            return result
+        index, before, weak = index[wanted], before[wanted], weak[wanted]
+        part, old, n_eq = program.take(index), data.take(index), data.n_eq
+        equalities = (torch.arange(data.E.shape[-2], device=data.E.device) < n_eq).to(data.p.dtype)
+        equalities = equalities.expand(index.shape[0], -1)
+        tol = self.tolerance(data.p.dtype)
+        centre = active_set.solve_on(
+            part, equalities, equalities, tol=tol, sign_tol=torch.inf, refine=active_set.REFINE_DEPENDENT
+        )
+        z, y = torch.nan_to_num(centre.z), torch.nan_to_num(centre.y * equalities)
+        cost, side = part.gradient(z, y), old.f - quadratic.matvec(old.E, z)
+        moved = old._replace(p=cost, f=side)
+        around, _, _ = self._answer_dual(dual_program(moved, part.reduced.chol_q), moved, index.shape[0], None)
+        z, y = z + around.z, y + around.y
+        residual = part.residual(z, y)
+        after = torch.maximum(residual, _roughness(old, z, y))
+        better = result.info.converged[index].logical_not() | (after < 0.1 * before)
+        better = better | (weak & (around.degenerate == 0) & (after <= before.clamp(min=_POOR)))
+        better = better & around.info.converged
+        if not checks.host_bool(better.any()):
+            return result
+        around = around._replace(z=z, y=y, info=around.info._replace(residual=residual))
+        return result.put(data, index[better], around.take(better)._replace(factor=around.factor.take(better)))
 
     def _rescue(self, data: Data, batch: int, result: QPResult, index: Tensor) -> QPResult:
         """Solve some programs again in the condensed form; where that is better, all go on in it."""
@@ -248,16 +346,28 @@ class InteriorPoint:
             outcome, factor, plural = _least_norm(data, program, outcome, factor, solved, settings)
         converged = status == int(Status.CONVERGED)
         z, y, bound = program.unscaled(outcome.z, outcome.y, outcome.bound)
+        dependent = factor.singular & 2 > 0
+        if data.compliance is None:  # more of them than unknowns, whatever rounding makes of the factor
+            dependent = dependent | (outcome.active.sum(-1) + (outcome.fixed != 0).sum(-1) > data.Q.shape[-1])
         degenerate = outcome.weak * int(Degeneracy.WEAK)
-        degenerate = degenerate + (factor.singular & 2 > 0) * int(Degeneracy.DEPENDENT)
+        degenerate = degenerate + dependent * int(Degeneracy.DEPENDENT)
         degenerate = degenerate + (plural | (factor.singular & 1 > 0)) * int(Degeneracy.PRIMAL)
         info = SolveInfo(status, converged, outcome.iterations, outcome.residual)
-        condition = condensed.condition(program, factor)
+        condition = torch.where(dependent, torch.inf, condensed.condition(program, factor))
         return QPResult(z, y, bound, outcome.active, outcome.fixed, factor, degenerate.to(torch.int8), condition, info)
 
 
-def _roughness(data: Data, z: Tensor, y: Tensor) -> Tensor:  # -> (N,)
-    """Measure stationarity relative to its largest term, and rows relative to the length of theirs."""
+def dual_program(data: Data, chol_q: Tensor) -> active_set.Program:
+    """Eliminate z."""
+    Q, p, E, f, _, _, n_eq, _ = data
+    return active_set.Program(Q, p, E, f, n_eq, quadratic.reduce(chol_q, p, E, f, n_eq, active_set.RIDGE))
+
+
+def _roughness(data: Data, z: Tensor, y: Tensor, beyond: float = 0.0) -> Tensor:  # -> (N,)
+    """Measure stationarity relative to its largest term, and rows relative to the length of theirs.
+
+    `beyond`: the share of |p|/|Q| by which z may be longer than it is.
+    """
     tiny = torch.finfo(z.dtype).tiny
     terms = torch.stack(
         (quadratic.matvec(data.Q, z), data.p.expand_as(z), quadratic.transposed_matvec(data.E, y)),
@@ -268,6 +378,9 @@ def _roughness(data: Data, z: Tensor, y: Tensor) -> Tensor:  # -> (N,)
     over = quadratic.matvec(data.E, z).sub_(data.f)
     over[:, : data.n_eq].abs_()
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    if beyond:
+        free = quadratic.largest(data.p) / quadratic.largest(data.Q.flatten(-2)).clamp_(min=tiny)
+        length = length + beyond * free.unsqueeze(-1)
     reach = torch.addcmul(data.f.abs(), torch.linalg.vector_norm(data.E, dim=-1), length).clamp_(min=tiny)
     return torch.maximum(stationarity, over.div_(reach).amax(-1))
 

@@ -180,8 +180,7 @@ class InteriorPoint:
         chol_q, definite = quadratic.check_definite(data.Q)
         suits = definite.all() & (data.f - data.f == 0).all()  # which only finite numbers satisfy
         sizes = torch.cat([data.E.abs().amax(-1).flatten(), data.Q.diagonal(dim1=-2, dim2=-1).flatten()])
-        least, largest = torch.aminmax(sizes.masked_fill_(sizes <= 0, 1.0))
-        suits = suits & (least * _ORDINARY > 1.0) & (largest < _ORDINARY)
+        suits = suits & ((sizes <= 0) | ((sizes * _ORDINARY > 1.0) & (sizes < _ORDINARY))).all()
         for bound in (data.lb, data.ub):
             suits = suits if bound is None else suits & torch.isinf(bound).all()
         return chol_q if checks.host_bool(suits) else None

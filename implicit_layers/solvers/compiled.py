@@ -58,7 +58,7 @@ class Settled(NamedTuple):
     iterations: Tensor  # (*B,) int64
     residual: Tensor  # (*B,)
     done: Tensor  # (*B,) bool
-    number: int  # how many are done
+    number: int  # how many are done for good: weak ones are looked at again
 
 
 def description() -> str:

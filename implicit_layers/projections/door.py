@@ -175,8 +175,3 @@ def kept_within(y: Tensor, lower: Tensor | float, upper: Tensor | None = None) -
     if upper is not None:
         bounded = torch.minimum(bounded, upper.detach())
     return y + (bounded - plain)
-
-
-def headroom(x: Tensor) -> float:
-    """A power of two by which entries can be multiplied exactly, so that no sum of differences overflows."""
-    return 0.5 ** (x.shape[-1].bit_length() + 2)

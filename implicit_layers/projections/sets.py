@@ -11,17 +11,7 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, ShapeError
-from implicit_layers.projections.door import (
-    Rows,
-    Rule,
-    enforce,
-    finite,
-    headroom,
-    poisoned,
-    positive,
-    rows,
-    some_entries,
-)
+from implicit_layers.projections.door import Rows, Rule, enforce, finite, poisoned, positive, rows, some_entries
 
 
 def box(x: Tensor, *, lb: Tensor | float | None = None, ub: Tensor | float | None = None) -> Tensor:  # (*) -> (*)
@@ -166,7 +156,7 @@ def hyperplane(
 
 def _beyond(x: Tensor, a: Tensor, b: Tensor) -> Tensor:  # (*B, n), (*B, n), (*B, 1) -> (*B, 1)
     """(aᵀx − b)/‖a‖² for max |a| = 1, halved as often as it takes for the sum not to overflow."""
-    small = headroom(x)
+    small = 0.5 ** (x.shape[-1].bit_length() + 2)
     gap = (a * (small * x)).sum(-1, keepdim=True) - small * b
     return gap / a.square().sum(-1, keepdim=True) / small
 

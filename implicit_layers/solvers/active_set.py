@@ -156,9 +156,8 @@ def tied(program: Program, active: Tensor, z: Tensor, rounding: float = 0.0) -> 
     rest = reduced.touches - (lowered**2).sum(-2)
     tight = program.gap(z).abs() <= max(_WEAK, 64 * rounding) * _near(reduced, program.length(z))
     inequality = torch.arange(m, device=z.device) >= program.n_eq
-    parallel = (reduced.schur.abs() * active.unsqueeze(-2)).amax(
-        -1
-    ) >= 1.0 - _IN_SPAN  # however ill-conditioned the span
+    alike = (reduced.schur.abs() * active.unsqueeze(-2)).amax(-1)
+    parallel = alike >= 1.0 - _IN_SPAN  # however ill-conditioned the span
     return inequality & (active == 0) & tight & ((rest <= _IN_SPAN) | parallel) & (reduced.touches > 0)
 
 

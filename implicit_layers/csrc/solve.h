@@ -92,7 +92,7 @@ class Group {
             settle(1e-12, 1, 4);
         }
         alive |= later;
-        if (any(alive) && form != NARROW) approach();
+        if (any(alive) && (form == WIDE || rows == n)) approach();  // with more rows it often fails
         if (!any(alive)) return;
         begin();
         for (const Phase& phase : PHASES) {
@@ -312,12 +312,12 @@ class Group {
         stuck = all<V>(0.0) != all<V>(0.0);
     }
 
-    // Guess the active rows by a few sweeps of a projected Gauss–Seidel method, or by what is violated at the minimum on
-    // the equalities, and let the signs of the answers on them correct the guess until they agree with it. That takes
-    // less than one or two steps along the central path, but may fail: then those are taken.
+    // Guess the active rows by a few sweeps of a projected Gauss–Seidel method, and let the signs of the answers on them
+    // correct the guess until they agree with it. That takes less time than one or two steps along the central path, but
+    // may fail: then those are taken.
     void approach() {
         const M waiting = alive, none = all<V>(0.0) != all<V>(0.0);
-        guess_violated();
+        guess();
         M found = none;
         V least = all<V>(1.0 / 0.0), astray = all<V>(0.0);
         for (int round = 0; round < ROUNDS && round < task.max_iter && any(alive); ++round) {
@@ -336,17 +336,30 @@ class Group {
         iterations = alive ? all<V>(0.0) : iterations;
     }
 
-    void guess_violated() {
-        for (long i = 0; i < m; ++i) lam[i] = all<V>(0.0), off[i] = w[i];
-        if (form == WIDE)
-            for (int k = 0; k < SWEEPS; ++k) wide.sweep(lam, off);
+    void guess() {
+        for (long i = 0; i < m; ++i) off[i] = w[i];
+        for (long i = 0; i < q; ++i) step[i] = all<V>(0.0);
+        for (long j = 0; j < n; ++j) work[j] = all<V>(0.0);
+        for (int k = 0; k < SWEEPS; ++k) form == WIDE ? wide.sweep(step, off) : sweep();
         for (long i = 0; i < p; ++i) active[i] = all<V>(1.0);
-        for (long i = 0; i < g; ++i)
-            active[p + i] = form == WIDE ? as_number(lam[i] > 0.0) : as_number(off[i] < -SLIGHT);
-        for (long i = g; i < q; ++i) {
-            active[p + i] = all<V>(0.0);
-            for (const Side& side : sides)
-                if (side.count) active[p + i] = off[side.first + i - g] < -SLIGHT ? all<V>(side.sign) : active[p + i];
+        for (long i = 0; i < q; ++i) active[p + i] = as_number(step[i] > 0.0) - as_number(step[i] < 0.0);
+    }
+
+    // The same as in the form `wide` for bounds alone, where R is not formed: the rows times the duals are in `work`.
+    void sweep() {
+        for (long i = 0; i < n; ++i) {
+            const V* row = H + i * n;
+            const V others = inner(row, work, n) - step[i];  // the rows are of length 1
+            V next = all<V>(0.0);
+            for (const Side& side : sides) {
+                if (!side.count) continue;
+                const V over = -side.sign * others - w[side.first + i];
+                next = (over > 0.0) & ~as_mask(open[side.first + i]) ? side.sign * over : next;
+            }
+            const V change = next - step[i];
+            if (!any(change != 0.0)) continue;
+            step[i] = next;
+            for (long j = 0; j < n; ++j) work[j] += change * row[j];
         }
     }
 

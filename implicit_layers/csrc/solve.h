@@ -343,6 +343,10 @@ class Group {
         for (int k = 0; k < SWEEPS; ++k) form == WIDE ? wide.sweep(step, off) : sweep();
         for (long i = 0; i < p; ++i) active[i] = all<V>(1.0);
         for (long i = 0; i < q; ++i) active[p + i] = as_number(step[i] > 0.0) - as_number(step[i] < 0.0);
+        for (long i = 0; i < g; ++i) {  // a row of zeros that holds with equality has any dual: the general solvers see to it
+            const M idle = (touches[p + i] == 0.0) & (w[i] <= SLIGHT);
+            active[p + i] = idle ? all<V>(1.0) : active[p + i];
+        }
     }
 
     // The same as in the form `wide` for bounds alone, where R is not formed: the rows times the duals are in `work`.

@@ -1,4 +1,4 @@
-"""The kernel guesses the active rows by a few sweeps and corrects them; the central path stands behind where that fails."""
+"""The kernel guesses the active rows by a few sweeps and corrects them; where that fails it takes the central path."""
 
 from __future__ import annotations
 

@@ -23,6 +23,20 @@ class QP(NamedTuple):
     c: Tensor  # (B, n)
 
 
+class BoxedQP(NamedTuple):
+    """A `QP` with lb ≤ z ≤ ub beside."""
+
+    Q: Tensor  # (B, n, n)
+    p: Tensor  # (B, n)
+    A: Tensor  # (B, n_eq, n)
+    b: Tensor  # (B, n_eq)
+    G: Tensor  # (B, n_ineq, n)
+    h: Tensor  # (B, n_ineq)
+    lb: Tensor  # (B, n)
+    ub: Tensor  # (B, n)
+    c: Tensor  # (B, n)
+
+
 class Draw:
     """Random tensors in float64 with a leading batch dimension, from one seed."""
 
@@ -54,6 +68,17 @@ def dense(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:
     h = matvec(G, z0) + draw.uniform(n_ineq)
     A = draw.normal(n_eq, n) / n**0.5
     return QP(Q, p, A, matvec(A, z0), G, h, draw.normal(n))
+
+
+def boxed(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> BoxedQP:
+    """`dense` between bounds that hold 40 % of the unknowns or more.
+
+    z₀ = N/√n; lb = z₀ − U; ub = z₀ + U; h = G z₀ + U; b = A z₀.
+    """
+    problem, draw = dense(n, n_ineq, n_eq, batch, seed), Draw(batch, seed + 7)
+    z0 = draw.normal(n) / n**0.5
+    h, b = matvec(problem.G, z0) + draw.uniform(n_ineq), matvec(problem.A, z0)
+    return BoxedQP(*problem._replace(b=b, h=h)[:6], z0 - draw.uniform(n), z0 + draw.uniform(n), problem.c)
 
 
 def qpth_linear(n: int, n_ineq: int, n_eq: int, batch: int, seed: int = 0) -> QP:

@@ -78,7 +78,8 @@ def kernel(result: Result) -> str:
     """One line a shape and batch: the kernel, and how many times longer the others take."""
     cases: dict[tuple[str, int], dict[str, Result]] = {}
     for row in result["rows"]:
-        cases.setdefault((f"{row['n']}, {row['n_ineq']}, {row['n_eq']}", row["batch"]), {})[row["way"]] = row
+        shape = f"{row['n']}, {row['n_ineq']}, {row['n_eq']}" + ", bounds" * row.get("bounds", False)
+        cases.setdefault((shape, row["batch"]), {})[row["way"]] = row
     others = ("torch, float64", "kernel, one thread", "kernel, float32")
     heads = ["n, n_ineq, n_eq", "batch", "kernel, ms, forward / total", *others, "over the floor"]
     lines = [[*heads, "gradient error, float64", "float32"]]
@@ -86,7 +87,7 @@ def kernel(result: Result) -> str:
         ours = ways["kernel, float64"]
         against = [_against({**ways[way], "status": "ok"}, ours) for way in others]
         errors = [_power(ways[way]["gradient_error"]) for way in ("kernel, float64", "kernel, float32")]
-        over = _ratio(ours["forward_ms"]["median"] / ours["floor_ms"])
+        over = _ratio(ours["forward_ms"]["median"] / ours["floor_ms"]) if "floor_ms" in ours else "–"
         lines.append([shape, str(batch), _times({**ours, "status": "ok"}), *against, over, *errors])
     memory = f"Peak memory at batch 512, n = 100: {result.get('peak memory over data', '–')} times the data. "
     words = "The floor: the same products and factorisations at the pace of a matrix product of 1024. "

@@ -1,6 +1,10 @@
 // Cholesky factors, triangular solves and products of small matrices, one matrix a lane, row by row with `ld` columns.
 // A factor keeps the reciprocals of its diagonal beside it: `inverse`.
 
+// Rows of a block: so many that its sums, a row of one factor and an entry of the other stay in the registers, of which
+// there are 32 or 16.
+constexpr int ROWS = LANES == 8 ? 4 : 3;
+
 template <class V, int R, int C>
 INLINE void reduce_block(V (&c)[R][C], const V* a, long lda, const V* b, long ldb, long depth) {  // c -= a bᵀ
     for (long t = 0; t < depth; ++t) {
@@ -55,8 +59,8 @@ NOINLINE void corner(V* matrix, long ld, long j0, V* inverse, const V* floor, lo
 template <class V, int C>
 void panels(V* matrix, long ld, long i0, long rows, long j0, const V* inverse) {
     long i = i0;
-    for (; i + 4 <= rows; i += 4) panel<V, 4, C>(matrix, ld, i, j0, inverse);
-    if (rows - i == 3) panel<V, 3, C>(matrix, ld, i, j0, inverse);
+    for (; i + ROWS <= rows; i += ROWS) panel<V, ROWS, C>(matrix, ld, i, j0, inverse);
+    if (ROWS > 3 && rows - i == 3) panel<V, 3, C>(matrix, ld, i, j0, inverse);
     if (rows - i == 2) panel<V, 2, C>(matrix, ld, i, j0, inverse);
     if (rows - i == 1) panel<V, 1, C>(matrix, ld, i, j0, inverse);
 }
@@ -109,8 +113,8 @@ template <class V, int C>
 void gram_column(V* c, long ldc, long rows, long j, const V* a, long ld, long depth, bool take) {
     long i = j;
     const V* right = a + j * ld;
-    for (; i + 4 <= rows; i += 4) gram_block<V, 4, C>(c + i * ldc + j, ldc, a + i * ld, right, ld, depth, take);
-    if (rows - i == 3) gram_block<V, 3, C>(c + i * ldc + j, ldc, a + i * ld, right, ld, depth, take);
+    for (; i + ROWS <= rows; i += ROWS) gram_block<V, ROWS, C>(c + i * ldc + j, ldc, a + i * ld, right, ld, depth, take);
+    if (ROWS > 3 && rows - i == 3) gram_block<V, 3, C>(c + i * ldc + j, ldc, a + i * ld, right, ld, depth, take);
     if (rows - i == 2) gram_block<V, 2, C>(c + i * ldc + j, ldc, a + i * ld, right, ld, depth, take);
     if (rows - i == 1) gram_block<V, 1, C>(c + i * ldc + j, ldc, a + i * ld, right, ld, depth, take);
 }

@@ -10,6 +10,11 @@ constexpr double WEAK = 1e-11;
 constexpr double NEAR = 1e-3;     // of the minimum without constraints: to which z is known well enough to call a row weak
 constexpr double TO_BOUNDARY = 0.995;
 constexpr double SHORTEST = 1e-8;
+constexpr int SWEEPS = 4;         // of Gauss–Seidel, before the active rows are guessed
+constexpr int ROUNDS = 6;         // corrections of that guess
+constexpr double ASTRAY = 2.0;    // so many of which may find no fewer rows wrong than the best before
+constexpr double SLIGHT = 1e-12;  // a violation, relative to the largest one, that is none
+constexpr double FLAT = 1e-12;    // the square of what the equalities leave of a row of length 1, where it is rounding
 
 // What `set_up` finds out of the matrices, kept beside them where the programs share them.
 enum { DEFINITE, INDEPENDENT, SPREAD_Q, SPREAD_EQ, KEPT };

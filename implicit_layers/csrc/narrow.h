@@ -26,8 +26,8 @@ template <class V, int C>
 void weigh_column(V* c, long ldc, long columns, long j, const V* a, long ld, const V* weight, long depth, bool add) {
     long i = j;
     V* to = c + j;
-    for (; i + 4 <= columns; i += 4) weigh_block<V, 4, C>(to + i * ldc, ldc, a + i, a + j, ld, weight, depth, add);
-    if (columns - i == 3) weigh_block<V, 3, C>(to + i * ldc, ldc, a + i, a + j, ld, weight, depth, add);
+    for (; i + ROWS <= columns; i += ROWS) weigh_block<V, ROWS, C>(to + i * ldc, ldc, a + i, a + j, ld, weight, depth, add);
+    if (ROWS > 3 && columns - i == 3) weigh_block<V, 3, C>(to + i * ldc, ldc, a + i, a + j, ld, weight, depth, add);
     if (columns - i == 2) weigh_block<V, 2, C>(to + i * ldc, ldc, a + i, a + j, ld, weight, depth, add);
     if (columns - i == 1) weigh_block<V, 1, C>(to + i * ldc, ldc, a + i, a + j, ld, weight, depth, add);
 }

@@ -92,6 +92,7 @@ class Group {
             settle(1e-12, 1, 4);
         }
         alive |= later;
+        if (any(alive) && (form == WIDE || rows == n)) approach();  // with more rows it often fails
         if (!any(alive)) return;
         begin();
         for (const Phase& phase : PHASES) {
@@ -311,6 +312,98 @@ class Group {
         stuck = all<V>(0.0) != all<V>(0.0);
     }
 
+    // Guess the active rows by a few sweeps of a projected Gauss–Seidel method, and let the signs of the answers on them
+    // correct the guess until they agree with it. That takes less time than one or two steps along the central path, but
+    // may fail: then those are taken.
+    void approach() {
+        const M waiting = alive, none = all<V>(0.0) != all<V>(0.0);
+        guess();
+        M found = none;
+        V least = all<V>(1.0 / 0.0), astray = all<V>(0.0);
+        for (int round = 0; round < ROUNDS && round < task.max_iter && any(alive); ++round) {
+            M independent;
+            const long count = factorise_active(independent);
+            const V wrong = correct(count);
+            iterations = alive ? iterations + 1.0 : iterations;
+            found |= alive & independent & (wrong == 0.0);
+            astray += wrong < least ? all<V>(0.0) : all<V>(1.0);
+            least = wrong < least ? wrong : least;
+            alive &= independent & (wrong > 0.0) & (astray < all<V>(ASTRAY));
+        }
+        alive = found;
+        if (any(alive)) settle(1e-14, 1, 4);
+        alive |= waiting & ~found;
+        iterations = alive ? all<V>(0.0) : iterations;
+    }
+
+    void guess() {
+        for (long i = 0; i < m; ++i) off[i] = w[i];
+        for (long i = 0; i < q; ++i) step[i] = all<V>(0.0);
+        for (long j = 0; j < n; ++j) work[j] = all<V>(0.0);
+        for (int k = 0; k < SWEEPS; ++k) form == WIDE ? wide.sweep(step, off) : sweep();
+        for (long i = 0; i < p; ++i) active[i] = all<V>(1.0);
+        for (long i = 0; i < q; ++i) active[p + i] = as_number(step[i] > 0.0) - as_number(step[i] < 0.0);
+        for (long i = 0; i < g; ++i) {  // a row of zeros that holds with equality has any dual: the general solvers see to it
+            const M idle = (touches[p + i] == 0.0) & (w[i] <= SLIGHT);
+            active[p + i] = idle ? all<V>(1.0) : active[p + i];
+        }
+    }
+
+    // The same as in the form `wide` for bounds alone, where R is not formed: the rows times the duals are in `work`.
+    void sweep() {
+        for (long i = 0; i < n; ++i) {
+            const V* row = H + i * n;
+            const V others = inner(row, work, n) - step[i];  // the rows are of length 1
+            V next = all<V>(0.0);
+            for (const Side& side : sides) {
+                if (!side.count) continue;
+                const V over = -side.sign * others - w[side.first + i];
+                next = (over > 0.0) & ~as_mask(open[side.first + i]) ? side.sign * over : next;
+            }
+            const V change = next - step[i];
+            if (!any(change != 0.0)) continue;
+            step[i] = next;
+            for (long j = 0; j < n; ++j) work[j] += change * row[j];
+        }
+    }
+
+    // Solve on the active rows with the factor that is there, and set them right by the signs; returns how many were wrong.
+    V correct(long count) {
+        const V zero = all<V>(0.0);
+        for (long i = 0; i < g; ++i) step[p + i] = -w[i];
+        for (long i = g; i < q; ++i) {
+            step[p + i] = zero;
+            for (const Side& side : sides)
+                if (side.count)
+                    step[p + i] = side.sign * active[p + i] > 0.0 ? -side.sign * w[side.first + i - g] : step[p + i];
+        }
+        solve_active(step + p, count);
+        for (long i = 0; i < g; ++i) lam[i] = step[p + i];
+        for (const Side& side : sides)
+            for (long i = 0; i < side.count; ++i)
+                lam[side.first + i] = side.sign * active[p + g + i] > 0.0 ? side.sign * step[p + g + i] : zero;
+        apply(off, lam);
+        V wrong = zero;
+        auto judged = [&](V now, double sign, long j) {  // what a row or the side of a bound asks for
+            const M held = sign * now > 0.0;
+            const M leave = held & (lam[j] < 0.0), enter = (now == 0.0) & (off[j] + w[j] < -SLIGHT);
+            wrong += as_number(leave | enter);
+            return leave ? zero : enter ? all<V>(sign) : now;
+        };
+        for (long i = 0; i < g; ++i) active[p + i] = alive ? judged(active[p + i], 1.0, i) : active[p + i];
+        for (long i = g; i < q; ++i) {
+            const V now = active[p + i];
+            V next = now;
+            for (const Side& side : sides)
+                if (side.count) {
+                    const V asked = judged(now, side.sign, side.first + i - g);
+                    next = asked != now ? asked : next;
+                }
+            active[p + i] = alive ? next : now;
+        }
+        return wrong;
+    }
+
     void begin() {
         const V zero = all<V>(0.0), one = all<V>(1.0);
         for (long i = 0; i < m; ++i) {
@@ -437,6 +530,23 @@ class Group {
         return count;
     }
 
+    // Solve with K, in place; inactive rows give zero.
+    void solve_active(V* x, long count) {
+        for (long a = 0; a < count; ++a)
+            for (int l = 0; l < W; ++l) {
+                const long long i = index[a * W + l];
+                compact[a][l] = i >= 0 ? x[i][l] : 0.0;
+            }
+        forward(K, ldk, inv_k, count, compact);
+        backward(K, ldk, inv_k, count, compact);
+        for (long i = 0; i < q; ++i) x[i] = all<V>(0.0);
+        for (long a = 0; a < count; ++a)
+            for (int l = 0; l < W; ++l) {
+                const long long i = index[a * W + l];
+                if (i >= 0) x[i][l] = compact[a][l];
+            }
+    }
+
     // Solve with the Schur complement on the active rows, in scaled units; in place, inactive rows give zero.
     void schur_solve(V* x, long count) {
         forward(S, lds, inv_eq, p, x);
@@ -444,19 +554,7 @@ class Group {
             multiply(spare, S + p * lds, lds, q, p, x);
             for (long i = 0; i < q; ++i) x[p + i] -= spare[i];
         }
-        for (long a = 0; a < count; ++a)
-            for (int l = 0; l < W; ++l) {
-                const long long i = index[a * W + l];
-                compact[a][l] = i >= 0 ? x[p + i][l] : 0.0;
-            }
-        forward(K, ldk, inv_k, count, compact);
-        backward(K, ldk, inv_k, count, compact);
-        for (long i = 0; i < q; ++i) x[p + i] = all<V>(0.0);
-        for (long a = 0; a < count; ++a)
-            for (int l = 0; l < W; ++l) {
-                const long long i = index[a * W + l];
-                if (i >= 0) x[p + i][l] = compact[a][l];
-            }
+        solve_active(x + p, count);
         if (p) {
             multiply_transposed(spare, S + p * lds, lds, q, p, x + p);
             for (long i = 0; i < p; ++i) x[i] -= spare[i];

@@ -36,6 +36,18 @@ class Wide {
         backward(K, m, inverse, m, x);
     }
 
+    // One after the other, the duals λ ≥ 0 that make their own slack of s = R λ + w vanish, or as small as they can.
+    void sweep(V* lam, V* s) const {
+        for (long i = 0; i < m; ++i) {
+            const V* row = R + i * m;
+            const V step = row[i] > FLAT ? -s[i] / row[i] : all<V>(0.0);
+            const V change = largest(step, -lam[i]);
+            if (!any(change != 0.0)) continue;
+            lam[i] += change;
+            for (long j = 0; j < m; ++j) s[j] += row[j] * change;
+        }
+    }
+
     void image(V* to, const V* x) const { multiply(to, R, m, m, m, x); }
 
     // The lower triangle of R on the chosen rows of each lane, to K; places without a row get a unit row.

@@ -36,7 +36,7 @@ if _kernel is not None and _WISH not in ("", "best", _kernel.describe()[0]):
 _MOST_UNKNOWNS = 160  # beyond which a program no longer fits the cache, and the libraries behind PyTorch are faster
 _MOST_ROWS = 200
 _MOST_ENTRIES = 40_000  # of the rows' matrix, where there are more of them
-_MANY = 2.0  # inequalities for each unknown from which an iteration factors a matrix of the unknowns' size
+MANY = 2.0  # inequalities for each unknown from which an iteration factors a matrix of the unknowns' size
 _VECTORS = (0, 1, 0, 1, 0, 1)
 _WIDE, _NARROW, _BOUNDED = range(3)  # the forms of the iteration, see csrc
 
@@ -97,7 +97,7 @@ def _form(n: int, n_ineq: int, bounded: bool) -> int:
     """Choose what an iteration factors: a matrix of the size of the rows, or of the unknowns."""
     if bounded:
         return _BOUNDED
-    return _NARROW if n_ineq >= _MANY * n and n_ineq > n else _WIDE
+    return _NARROW if n_ineq >= MANY * n and n_ineq > n else _WIDE
 
 
 def solve(

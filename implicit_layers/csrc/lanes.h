@@ -65,6 +65,13 @@ INLINE Number<W> rounded(Number<W> a) {
     return __builtin_convertvector(__builtin_convertvector(a, Short), Number<W>);
 }
 
+// Four neighbours from memory, wherever they begin.
+template <class T>
+INLINE Number<4> four(const T* from) {
+    typedef T Loose __attribute__((vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const Loose*>(from), Number<4>);
+}
+
 // (count) numbers of each lane's program, one after the other in memory, to count vectors.
 template <int W, class T>
 void load(Number<W>* to, const T* const* from, long count, double factor = 1.0) {
@@ -73,8 +80,24 @@ void load(Number<W>* to, const T* const* from, long count, double factor = 1.0) 
     for (long first = 0; first < count; first += stretch) {
         const long last = first + stretch < count ? first + stretch : count;
         for (int l = 0; l < W; ++l) {
-            const T* in = from[l];
-            for (long i = first; i < last; ++i) out[i * W + l] = factor * static_cast<double>(in[i]);
+            long i = first;
+            if constexpr (W % 4 == 0) {  // four lanes at once, four numbers of each
+                if (l % 4) continue;
+                for (; i + 4 <= last; i += 4) {
+                    const Number<4> a = four(from[l] + i), b = four(from[l + 1] + i);
+                    const Number<4> c = four(from[l + 2] + i), d = four(from[l + 3] + i);
+                    const Number<4> ab = {a[0], b[0], a[2], b[2]}, ab_next = {a[1], b[1], a[3], b[3]};
+                    const Number<4> cd = {c[0], d[0], c[2], d[2]}, cd_next = {c[1], d[1], c[3], d[3]};
+                    Number<4>* const block = reinterpret_cast<Number<4>*>(out + i * W + l);
+                    block[0] = factor * Number<4>{ab[0], ab[1], cd[0], cd[1]};
+                    block[W / 4] = factor * Number<4>{ab_next[0], ab_next[1], cd_next[0], cd_next[1]};
+                    block[W / 2] = factor * Number<4>{ab[2], ab[3], cd[2], cd[3]};
+                    block[3 * W / 4] = factor * Number<4>{ab_next[2], ab_next[3], cd_next[2], cd_next[3]};
+                }
+            }
+            for (; i < last; ++i)
+                for (int k = l; k < (W % 4 ? l + 1 : l + 4); ++k)
+                    out[i * W + k] = factor * static_cast<double>(from[k][i]);
         }
     }
 }

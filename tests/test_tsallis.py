@@ -18,6 +18,7 @@ import implicit_layers as il
 from implicit_layers import tsallis
 from implicit_layers.solvers import entmax_newton, entmax_steep
 from tests.differences import first_order, second_order
+from tests.digits import entmax as by_many_digits
 from tests.planted import planted
 
 INF = math.inf
@@ -70,18 +71,6 @@ def test_entmax_is_the_root_that_bracketing_finds(n, scale, alpha):
         expected = by_bracketing(x[i].numpy(), alpha)
         close(y[i], expected, 1e-9)
         close(each[i], expected, 1e-9)
-
-
-def by_many_digits(x, alpha):
-    """Entmax of a list of mpmath numbers by plain bisection on the sum, in 300 digits; α > 1."""
-    with mpmath.workdps(300):
-        d, top = mpmath.mpf(alpha) - 1, max(x)
-        weigh = lambda q: [max(q - d * (top - v), 0) ** (1 / d) for v in x]  # noqa: E731
-        low, high = mpmath.mpf(0), mpmath.mpf(1)
-        for _ in range(900):
-            middle = (low + high) / 2
-            low, high = (low, middle) if sum(weigh(middle)) >= 1 else (middle, high)
-        return weigh(high)
 
 
 @pytest.mark.parametrize("alpha", [2.0625, 2.5, 4.0, 7.0, 20.0, 50.0])

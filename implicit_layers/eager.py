@@ -23,13 +23,22 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal disabled
-        if "torch._dynamo" not in sys.modules:
+        if not _compiler_is_here():
             return function(*args, **kwargs)
         if disabled is None:
             disabled = torch.compiler.disable(function)
         return disabled(*args, **kwargs)
 
     return run
+
+
+def _compiler_is_here() -> bool:
+    """Whether the compiler was imported: a constant, or it would look through all modules for its own name."""
+    return "torch._dynamo" in sys.modules
+
+
+# what `torch.compiler.assume_constant_result` does, which would take seconds to import the compiler
+_compiler_is_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transforms_at_work() -> frozenset[str]:
@@ -40,7 +49,6 @@ def transforms_at_work() -> frozenset[str]:
     return frozenset(_kinds())
 
 
-# what `torch.compiler.assume_constant_result` does, which would take seconds to import the compiler
 transforms_at_work._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

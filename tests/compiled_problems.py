@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 import implicit_layers as il
+from implicit_layers.solvers import compiled
 from implicit_layers.testing import random_qp
 
 NAMES = ("Q", "p", "A", "b", "G", "h")
@@ -16,6 +22,8 @@ BOUNDS = ("lb", "ub")
 POINT = ("z", "nu", "lam", "s", "value")
 DUALS = ("lam_lb", "lam_ub")  # of the bounds: zero where there are none
 BACKENDS = ("torch", "compiled")
+
+INSTRUCTIONS = ("best", "avx2", "basic")
 
 Data = dict[str, Tensor]
 
@@ -26,6 +34,21 @@ class Answer(NamedTuple):
     solution: il.QPSolution | None
     gradients: Data
     error: str
+
+
+def take_instructions(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solve by another copy of the kernel until the test ends: it chooses its instructions as it is loaded."""
+    assert compiled._kernel is not None, f"no kernel: {compiled.description()}; python setup.py build_ext --inplace"
+    full, file = compiled._kernel.__name__, Path(compiled._kernel.__file__)
+    monkeypatch.setitem(sys.modules, full, compiled._kernel)  # put back afterwards, as loading replaces it
+    monkeypatch.setenv("IMPLICIT_LAYERS_KERNEL", name)
+    (folder / name).mkdir(exist_ok=True)
+    spec = importlib.util.spec_from_file_location(full, shutil.copy(file, folder / name))
+    assert spec is not None and spec.loader is not None
+    kernel = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernel)
+    assert kernel is not compiled._kernel and (name not in INSTRUCTIONS[1:] or kernel.describe()[0] in (name, "basic"))
+    monkeypatch.setattr(compiled, "_kernel", kernel)
 
 
 def relative(found: Tensor, expected: Tensor, floor: float = 1.0) -> float:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +10,8 @@ from torch import Tensor
 
 import implicit_layers as il
 from implicit_layers.solvers import compiled
-from tests.compiled_problems import draw
+from tests.compiled_problems import draw, take_instructions
 
-ROOT = Path(__file__).parents[1]
 NUMBERS = [*range(1, 19), 24, 33]  # of unknowns: every remainder of a register, and of two
 
 
@@ -52,14 +48,10 @@ def test_alone_as_side_by_side(n: int) -> None:
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "basic"])
-def test_with_lesser_instructions(instructions: str) -> None:
-    """Their registers hold four and two numbers; the choice is made when the module is loaded."""
-    program = "from tests.test_compiled_alone import worst_of_sizes; print(max(map(worst_of_sizes, (1, 3, 6, 9, 15))))"
-    environment = {**os.environ, "IMPLICIT_LAYERS_KERNEL": instructions, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=300
-    )
-    assert float(done.stdout) < 1e-12
+def test_with_lesser_instructions(instructions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their registers hold four and two numbers."""
+    take_instructions(instructions, tmp_path, monkeypatch)
+    assert max(map(worst_of_sizes, (1, 3, 6, 9, 15))) < 1e-12
 
 
 @pytest.mark.parametrize("shared", [False, True])

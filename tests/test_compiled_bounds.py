@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cvxpy
@@ -24,6 +21,7 @@ from tests.compiled_problems import (
     BACKENDS,
     BOUNDS,
     DUALS,
+    INSTRUCTIONS,
     POINT,
     Data,
     answer,
@@ -34,7 +32,9 @@ from tests.compiled_problems import (
     layout,
     relative,
     spoil,
+    take_instructions,
 )
+from tests.differences import both_orders
 
 ROOT = Path(__file__).parent.parent
 SIZES = [(1, 0, 0), (2, 1, 1), (5, 0, 0), (6, 0, 2), (10, 10, 3), (23, 60, 5), (40, 7, 20), (9, 4, 9)]
@@ -400,7 +400,7 @@ def test_derivatives_by_finite_differences(size: tuple[int, int, int], sides: tu
         parts = (solution.z, solution.nu, solution.lam, *(getattr(solution, f"lam_{name}") for name in sides))
         return tuple(part for part in parts if part.numel())
 
-    check_gradients(function, *data.values())
+    both_orders(function, *data.values())
 
 
 @pytest.mark.parametrize("which", range(6))
@@ -478,7 +478,7 @@ def test_second_derivatives_of_a_batch_of_two_kinds() -> None:
     def function(p: Tensor, lb: Tensor) -> Tensor:
         return call({**data, "p": p, "lb": lb - (lb - data["lb"]) * (data["lb"] == data["ub"])}, COMPILED).z
 
-    check_gradients(function, data["p"], data["lb"])
+    both_orders(function, data["p"], data["lb"])
 
 
 def test_warm_starts(settled: list[compiled.Settled | None]) -> None:
@@ -579,35 +579,29 @@ def test_alone_as_side_by_side(n: int) -> None:
     assert worst_of_sizes(n) < 1e-11
 
 
-INSTRUCTIONS = """
-import sys, torch
-from implicit_layers.solvers import compiled
-from tests.compiled_problems import answer, boxed, DUALS, POINT
-result = {}
-for seed, (size, sides, shared, dtype) in enumerate([
-    ((3, 4, 1), ("lb", "ub"), "", torch.float64), ((20, 3, 5), ("ub",), "QG", torch.float64),
-    ((10, 50, 0), ("lb",), "", torch.float64), ((17, 0, 3), ("lb", "ub"), "QAG", torch.float64),
-    ((13, 9, 2), ("lb", "ub"), "QAG", torch.float32), ((1, 0, 0), ("lb", "ub"), "", torch.float64),
-]):
-    data = boxed(*size, (13,), seed, sides=sides, shared=shared, infinite=0.2)
-    found = answer({k: t.to(dtype) for k, t in data.items()}, "auto")
-    parts = [getattr(found.solution, name).detach() for name in (*POINT, *DUALS)]
-    result[seed] = parts + list(found.gradients.values())
-torch.save(result, sys.argv[1])
-print(compiled.description())
-"""
+SETS = [  # sizes, sides, what is shared, and the type
+    ((3, 4, 1), BOUNDS, "", torch.float64),
+    ((20, 3, 5), ("ub",), "QG", torch.float64),
+    ((10, 50, 0), ("lb",), "", torch.float64),
+    ((17, 0, 3), BOUNDS, "QAG", torch.float64),
+    ((13, 9, 2), BOUNDS, "QAG", torch.float32),
+    ((1, 0, 0), BOUNDS, "", torch.float64),
+]
 
 
-def test_all_instruction_sets_agree(tmp_path: Path) -> None:
-    for name in ("best", "avx2", "basic", "none"):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "IMPLICIT_LAYERS_KERNEL": name}
-        done = subprocess.run(
-            [sys.executable, "-c", INSTRUCTIONS, str(tmp_path / f"{name}.pt")],
-            env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=240,
-        )  # fmt: skip
-        assert done.stdout.startswith({"best": "avx"}.get(name, name)), done.stdout
-    expected = torch.load(tmp_path / "none.pt")
-    for name in ("best", "avx2", "basic"):
-        for seed, tensors in torch.load(tmp_path / f"{name}.pt").items():
-            for found, right in zip(tensors, expected[seed], strict=True):
-                assert relative(found, right) < (1e-10 if right.dtype == torch.float64 else 1e-5), (name, seed)
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_all_instruction_sets_agree(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settled: list[compiled.Settled | None]
+) -> None:
+    take_instructions(name, tmp_path, monkeypatch)
+    for seed, (size, sides, shared, dtype) in enumerate(SETS):
+        data = boxed(*size, (13,), seed, sides=sides, shared=shared, infinite=0.2)
+        settled.clear()
+        one, two = both({k: t.to(dtype) for k, t in data.items()})
+        assert counts(settled) == [13, -1]
+        for part in (*POINT, *DUALS):
+            error = relative(getattr(two.solution, part), getattr(one.solution, part))
+            assert error < (1e-10 if dtype == torch.float64 else 1e-5), (seed, part)
+        for given, right in one.gradients.items():
+            error = relative(two.gradients[given], right)
+            assert error < (1e-10 if dtype == torch.float64 else 1e-5), (seed, given)

@@ -165,7 +165,8 @@ def test_fresh_points_of_an_iwae_are_independent():
     for rule in ("cubature", "whitened"):
         vae = SemiAmortizedVAE.savi_implicit(encoder, model, outer=IWAE(), noise=Noise(rule))
         draw = torch.Generator().manual_seed(0)
-        values = torch.stack([vae(X, draw).loss.detach() for _ in range(400)])
+        many = X.expand(20, 6, 5)  # and called again and again: independent in a batch, and from call to call
+        values = torch.cat([vae(many, draw).loss.detach() for _ in range(20)])
         lam = vae(X, draw).lam.detach()
         free = Noise("iid", 4).draw(2, (400, 6), dtype=torch.float64, generator=draw)
         exact = IWAE()(model, lam.expand(400, 6, 4), X.expand(400, 6, 5), free).detach()

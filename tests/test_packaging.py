@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,12 @@ def build_wheel(source: Path, out: Path, **names: str) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"))
+    """Compiled in full but without optimising, which is most of the time it takes and no part of what is in it."""
+    compiler = tmp_path_factory.mktemp("compiler") / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    names = dict.fromkeys(("CC", "CXX"), shlex.quote(str(compiler)))
+    return build_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"), **names)
 
 
 def test_one_version():

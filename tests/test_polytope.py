@@ -15,6 +15,7 @@ from torch import Tensor
 
 import implicit_layers as il
 from implicit_layers.kkt.schur import SchurSolve
+from tests.differences import first_order
 
 DOUBLE = torch.float64
 
@@ -450,11 +451,11 @@ def test_a_wrong_derivative_of_the_system_would_be_seen(monkeypatch):
     def call(c, A, b):
         return il.entropic_lp(c, A=A, b=b).value
 
-    assert torch.autograd.gradcheck(call, tensors)
+    assert first_order(call, tensors)
     right = SchurSolve.apply
     monkeypatch.setattr(SchurSolve, "apply", lambda *args: 1.3 * right(*args))
     with pytest.raises(RuntimeError):
-        torch.autograd.gradcheck(call, tensors)
+        first_order(call, tensors)
 
 
 def test_constraints_that_rounding_breaks_are_no_solution():

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import implicit_layers as il
 from implicit_layers.reference import exact_qp, program
-from implicit_layers.testing import QPProblem, check_gradients, kkt_certificate, random_qp
+from implicit_layers.testing import QPProblem, kkt_certificate, random_qp
+from tests.differences import both_orders
 
 SIZES = [(1, 1, 0), (5, 0, 3), (10, 10, 0), (20, 20, 5), (50, 50, 10), (100, 100, 50)]
 NAMES = ("Q", "p", "A", "b", "G", "h")
@@ -101,7 +102,7 @@ def test_derivatives_by_finite_differences(size: tuple[int, int, int]) -> None:
         data = dict(zip(kept, leaves, strict=True))
         return tuple(part for part in il.solve_qp(**data)[:4] if part.numel())  # type: ignore[arg-type]
 
-    check_gradients(function, *(tensor for tensor in problem[:6] if tensor.numel()))
+    both_orders(function, *(tensor for tensor in problem[:6] if tensor.numel()))
 
 
 def test_a_planted_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

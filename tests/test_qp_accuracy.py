@@ -185,8 +185,13 @@ def test_more_active_rows_than_unknowns_depend_on_each_other(off: float, form: s
 def test_a_kernel_that_is_not_there_is_warned_of(name: str, warned: bool) -> None:
     if compiled.description().startswith("none"):
         warned = False  # without a kernel there is none to choose
-    code = "import warnings; warnings.simplefilter('ignore', FutureWarning); import implicit_layers"
+    code = (
+        "import warnings; warnings.simplefilter('ignore', FutureWarning); from implicit_layers.solvers import compiled"
+    )
+    code += "; print(compiled.description())"
     environment = {**os.environ, "IMPLICIT_LAYERS_KERNEL": name, "PYTHONPATH": str(Path(il.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert ("ImplicitLayersWarning: IMPLICIT_LAYERS_KERNEL" in done.stderr) == warned
     assert not warned or "none of best, avx512, avx2, basic, none" in done.stderr
+    if not compiled.description().startswith("none"):
+        assert done.stdout.startswith("none: switched off" if name == "none" else "basic" if name == "basic" else "")

@@ -7,11 +7,13 @@ import math
 import mpmath
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
 import implicit_layers as il
 from implicit_layers.regularizers import BINARY_ENTROPY, BOX, ENTROPY, EUCLIDEAN, tsallis
 from implicit_layers.solvers import separable
+from tests.differences import first_order, second_order
+from tests.digits import entmax
 
 LOG_BARRIER = il.Regularizer(
     "log barrier",
@@ -65,8 +67,8 @@ def test_derivatives(regulariser):
     def function(x, k, tau):
         return il.regularized_argmax(x, regulariser, temperature=tau, total=k)
 
-    assert gradcheck(function, leaves(), check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(function, leaves(), check_fwd_over_rev=True)
+    assert first_order(function, leaves(), check_forward_ad=True, check_batched_grad=True)
+    assert second_order(function, leaves(), check_forward_ad=True)
 
 
 @pytest.mark.parametrize(
@@ -154,18 +156,6 @@ def test_other_refusals():
 # --- Tsallis beyond sparsemax: entries just above zero have an unbounded slope in the multiplier ----------------------
 
 
-def tsallis_by_many_digits(x, alpha, k, tau):
-    """yᵢ = [(α − 1)(xᵢ − ν)/τ]₊^{1/(α − 1)} with Σy = k, by bisection in 120 digits; x is a list of mpmath numbers."""
-    with mpmath.workdps(120):
-        d, top = mpmath.mpf(alpha) - 1, max(x)
-        weigh = lambda q: [max(q - d * (top - v) / tau, 0) ** (1 / d) for v in x]  # noqa: E731
-        low, high = mpmath.mpf(0), mpmath.mpf(k) ** d
-        for _ in range(390):
-            middle = (low + high) / 2
-            low, high = (low, middle) if sum(weigh(middle)) >= k else (middle, high)
-        return weigh(high)
-
-
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-14), (torch.float32, 5e-7)])
 @pytest.mark.parametrize("alpha", [1.3, 2.5, 5.0])
 @pytest.mark.parametrize(("k", "tau"), [(1.0, 1.0), (2.5, 0.03)])
@@ -175,14 +165,13 @@ def test_tsallis_is_right_in_every_digit_and_its_gradient_too(alpha, dtype, tol,
         x = (draw(5, seed=seed) * 10 ** (-0.8 * seed)).to(dtype).requires_grad_()
         y = il.regularized_argmax(x, tsallis(alpha), total=k, temperature=tau)
         exact, step = [mpmath.mpf(float(v)) for v in x.detach()], mpmath.mpf(10) ** -50
-        expected = [float(v) for v in tsallis_by_many_digits(exact, alpha, k, tau)]
+        expected = [float(v) for v in entmax(exact, alpha, k, tau, 120)]
         close(y.detach().double(), torch.tensor(expected, dtype=torch.float64), tol * (1 + k))
         (found,) = torch.autograd.grad(y, x, torch.tensor(g, dtype=dtype))
         for i in range(5):
             with mpmath.workdps(120):
                 sides = [
-                    tsallis_by_many_digits([v + s * step * (i == j) for j, v in enumerate(exact)], alpha, k, tau)
-                    for s in (1, -1)
+                    entmax([v + s * step * (i == j) for j, v in enumerate(exact)], alpha, k, tau, 120) for s in (1, -1)
                 ]
                 right = float(sum(w * (p - m) for w, p, m in zip(g, *sides, strict=True)) / (2 * step))
             assert abs(float(found[i]) - right) <= 1e4 * tol * (1 + abs(right)), (i, float(found[i]), right)

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <string>
@@ -213,10 +214,15 @@ static void work(Team* team, Work Width::*what, const void* task, const Data& d,
     if (job.failed()) throw std::bad_alloc();
 }
 
-// Arguments come as one row of whole numbers: sizes, steps and addresses, in the order of the structures.
+// Arguments are `head`, the numbers that batches alike in their sizes have in common, and then one row of addresses.
 class Numbers {
    public:
-    Numbers(PyObject* const* arguments, Py_ssize_t count) : next_(arguments), end_(arguments + count) {}
+    Numbers(PyObject* const* arguments, Py_ssize_t count) : next_(arguments), end_(arguments + count) {
+        if (count && PyBytes_Check(*next_) && PyBytes_GET_SIZE(*next_) == sizeof head)
+            std::memcpy(&head, PyBytes_AS_STRING(*next_++), sizeof head);
+        else
+            short_ = true;
+    }
     long long number() {
         if (next_ == end_) {
             short_ = true;
@@ -238,20 +244,33 @@ class Numbers {
         return true;
     }
 
+    struct {
+        long long is_float, batch, n, n_eq, n_ineq, hold, form;
+        long long step_Q, step_p, step_A, step_b, step_G, step_h, step_lb, step_ub;
+        long long starts[6], apart[6];  // of a factor's parts, in elements
+    } head = {};
+
    private:
     PyObject* const* next_;
     PyObject* const* end_;
     bool short_ = false;
 };
 
-static void read_data(Numbers& in, Data& d) {
-    d.batch = in.number(), d.n = in.number(), d.n_eq = in.number(), d.n_ineq = in.number(), d.hold = in.number();
-    d.form = int(in.number());
-    in.address(d.Q), in.address(d.p), in.address(d.A), in.address(d.b), in.address(d.G), in.address(d.h);
-    in.address(d.lb), in.address(d.ub);
-    d.step_Q = in.number(), d.step_p = in.number(), d.step_A = in.number();
-    d.step_b = in.number(), d.step_G = in.number(), d.step_h = in.number();
-    d.step_lb = in.number(), d.step_ub = in.number();
+static Data sizes(const Numbers& in) {
+    Data d = {};
+    d.batch = in.head.batch, d.n = in.head.n, d.n_eq = in.head.n_eq, d.n_ineq = in.head.n_ineq;
+    d.hold = in.head.hold, d.form = int(in.head.form);
+    d.step_Q = in.head.step_Q, d.step_p = in.head.step_p, d.step_A = in.head.step_A, d.step_b = in.head.step_b;
+    d.step_G = in.head.step_G, d.step_h = in.head.step_h, d.step_lb = in.head.step_lb, d.step_ub = in.head.step_ub;
+    return d;
+}
+
+// The parts of a factor that lie one behind the other.
+template <class Task, class Number>
+static void take_apart(Task& task, Number* memory, const Numbers& in) {
+    const long long* starts = in.head.starts;
+    task.chol_q = memory + starts[0], task.chol_eq = memory + starts[1], task.across = memory + starts[2];
+    task.chol_ineq = memory + starts[3], task.scale = memory + starts[4], task.active = memory + starts[5];
 }
 
 static bool finish(Work Width::*what, const void* task, const Data& data, int threads) {
@@ -285,19 +304,22 @@ static void take_large_pages(void* start, long count, long size) {
 static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     Numbers in(arguments, count);
     Solve task;
-    const bool is_float = in.number() != 0;
+    Data& data = task.data = sizes(in);
+    const bool is_float = in.head.is_float;
     const int threads = int(in.number());
-    read_data(in, task.data);
+    in.address(data.Q), in.address(data.p), in.address(data.A), in.address(data.b), in.address(data.G);
+    in.address(data.h), in.address(data.lb), in.address(data.ub);
     in.address(task.start);
     task.tol = in.real();
     task.max_iter = in.number();
     in.address(task.z), in.address(task.nu), in.address(task.lam), in.address(task.bound), in.address(task.s);
     in.address(task.value), in.address(task.pull_lb), in.address(task.pull_ub);
     in.address(task.residual), in.address(task.condition);
-    in.address(task.chol_q), in.address(task.chol_eq), in.address(task.across), in.address(task.chol_ineq);
-    in.address(task.scale), in.address(task.active);
+    double* memory;
+    in.address(memory);
     in.address(task.iterations), in.address(task.weak), in.address(task.settled);
     if (!in.fine()) return nullptr;
+    take_apart(task, memory, in);
     const long batch = task.data.batch;
     for (long b = 0; b < batch; ++b) task.settled[b] = 0;
     const Data& d = task.data;
@@ -312,13 +334,10 @@ static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     Numbers in(arguments, count);
     Adjoint task;
-    const bool is_float = in.number() != 0;
+    task.data = sizes(in);
+    const bool is_float = in.head.is_float;
     const int threads = int(in.number());
-    read_data(in, task.data);
-    in.address(task.chol_q), in.address(task.chol_eq), in.address(task.across), in.address(task.chol_ineq);
-    in.address(task.scale), in.address(task.active);
-    task.step_chol_q = in.number(), task.step_chol_eq = in.number(), task.step_across = in.number();
-    task.step_scale = in.number();
+    in.address(task.data.Q), in.address(task.data.A), in.address(task.data.G);
     in.address(task.z), in.address(task.nu), in.address(task.lam), in.address(task.pull_ub);
     in.address(task.g_z), in.address(task.g_nu), in.address(task.g_lam), in.address(task.g_bound);
     task.step_g_z = in.number(), task.step_g_nu = in.number(), task.step_g_lam = in.number();
@@ -328,11 +347,20 @@ static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count
     in.address(task.d_lb), in.address(task.d_ub);
     const signed char* degenerate;
     const unsigned char* converged;
-    in.address(degenerate), in.address(converged);
+    in.address(degenerate), in.address(converged);  // none: nothing is degenerate, all have converged
+    const double* memory;
+    in.address(memory);
+    if (memory)
+        take_apart(task, memory, in);
+    else
+        in.address(task.chol_q), in.address(task.chol_eq), in.address(task.across), in.address(task.chol_ineq),
+            in.address(task.scale), in.address(task.active);
     if (!in.fine()) return nullptr;
+    const long long* apart = in.head.apart;
+    task.step_chol_q = apart[0], task.step_chol_eq = apart[1], task.step_across = apart[2], task.step_scale = apart[4];
     const long batch = task.data.batch;
     for (long b = 0; b < batch; ++b)
-        if (degenerate[b] || !converged[b]) Py_RETURN_FALSE;
+        if ((degenerate && degenerate[b]) || (converged && !converged[b])) Py_RETURN_FALSE;
     const Data& d = task.data;
     const long size = is_float ? sizeof(float) : sizeof(double);
     take_large_pages(task.d_Q, batch * d.n * d.n, size);

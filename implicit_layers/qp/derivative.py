@@ -379,7 +379,7 @@ def _solved_by_the_kernel(
 
 
 def _collected(
-    solved: tuple[list[Tensor], list[Tensor | None]],
+    solved: tuple[tuple[Tensor, Tensor, Tensor], list[Tensor | None]],
     matrices: tuple[Tensor, Tensor, Tensor],
     point: tuple[Tensor, Tensor, Tensor],
     needs: Sequence[bool],

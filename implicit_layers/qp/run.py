@@ -179,7 +179,11 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
 
 
 def settled_by_the_kernel(
-    settings: Settings, program: Program, batch: torch.Size, structure: compiled.Structure | None = None
+    settings: Settings,
+    program: Program,
+    batch: torch.Size,
+    structure: compiled.Structure | None = None,
+    zeros: bool = False,
 ) -> compiled.Settled | None:
     """What the compiled kernel can do, where it is wanted and may be used; NaN and infinities it leaves alone."""
     Q, p, A, b, G, h, lb, ub = program
@@ -198,7 +202,8 @@ def settled_by_the_kernel(
             return None
     begin, tol = settings.begin, solver.tolerance(dtype)
     start = None if begin is None else torch.cat(begin, dim=-1) if bounded else begin.active
-    return compiled.solve(batch, data, bounds=(lb, ub), tol=tol, max_iter=solver.max_iter, start=start, known=structure)
+    options: dict[str, Any] = {"tol": tol, "max_iter": solver.max_iter, "start": start}
+    return compiled.solve(batch, data, bounds=(lb, ub), **options, known=structure, zeros=zeros)
 
 
 def _without_ties(settled: compiled.Settled, program: Program, batch: torch.Size) -> compiled.Settled:

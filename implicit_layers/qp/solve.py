@@ -148,22 +148,20 @@ def _solve_directly(
 
     Returns: the solution, None where the kernel left a program; and what it settled.
     """
-    settled = settled_by_the_kernel(settings, program, batch, structure)
+    settled = settled_by_the_kernel(settings, program, batch, structure, zeros=True)
     if settled is None or settled.number != batch.numel():
         return None, settled
-    z, nu, lam, bound, s, value, _, _, _, weak, condition, iterations, residual, done, _ = settled
-    shift = QPShift(torch.zeros_like(nu), torch.zeros_like(lam))
-    info = QPInfo(torch.zeros_like(weak), done, iterations, residual, weak, condition)
+    z, nu, lam, bound, s, value, _, _, _, weak, condition, iterations, residual, done, _, zeros = settled
+    status, shift_b, shift_h, *of_bounds = zeros
+    info = QPInfo(status, done, iterations, residual, weak, condition)
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in program]):  # noqa: C419  a list is quicker
         z, nu, lam, s, value, bound = attached(settings, settled, program)
-    lower, upper = _sides(settled.z, bound)
-    return QPSolution(z, nu, lam, s, info, lower, upper, value, shift), settled
+    lower, upper = of_bounds if bound is None else _sides(bound)
+    return QPSolution(z, nu, lam, s, info, lower, upper, value, QPShift(shift_b, shift_h)), settled
 
 
-def _sides(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sides(bound: Tensor) -> tuple[Tensor, Tensor]:
     """The duals of the lower and the upper bounds, from their difference."""
-    if bound is None:
-        return torch.zeros_like(z), torch.zeros_like(z)
     return torch.where(bound < 0, -bound, 0.0), torch.where(bound > 0, bound, 0.0)
 
 
@@ -226,5 +224,5 @@ def _solution(outcome: Outcome, shift: QPShift | None) -> QPSolution:
     z, nu, lam, bound, s, value, *_ = outcome
     if shift is None:
         shift = QPShift(torch.zeros_like(nu), torch.zeros_like(lam))
-    lower, upper = _sides(z, bound if bound.shape[-1] else None)
+    lower, upper = _sides(bound) if bound.shape[-1] else (torch.zeros_like(z), torch.zeros_like(z))
     return QPSolution(z, nu, lam, s, outcome.info, lower, upper, value, shift)

@@ -42,7 +42,7 @@ _MOST_ENTRIES = 40_000  # of the rows' matrix, where there are more of them
 _MANY = 2.0  # inequalities for each unknown from which an iteration factors a matrix of the unknowns' size
 _WIDE, _NARROW, _BOUNDED = range(3)  # the forms of the iteration, see csrc
 
-_Room = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides of a tensor
+_Room = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # sizes and strides of a tensor
 _EVENT_NDIM = (2, 1, 2, 1, 2, 1, 1, 1)  # trailing dimensions of Q, p, A, b, G, h, lb, ub
 _ALIGNED = 8  # parts of a factor start at multiples of so many numbers, as memory of their own does
 
@@ -52,6 +52,10 @@ except AttributeError:
 
     def _empty(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(sizes, strides, dtype=dtype, device="cpu")
+
+
+if _kernel is not None:
+    _kernel.prepare(_empty, Tensor.data_ptr, Tensor.is_contiguous)
 
 
 class Structure(NamedTuple):
@@ -64,7 +68,10 @@ class Structure(NamedTuple):
     own: tuple[bool, ...]  # which of them have the sizes of the batch
     alone: bool  # whether all that there are do
     shapes: tuple[torch.Size, ...]  # of the same; of bounds as if there were both
-    rooms: tuple[_Room, ...]  # for z, ν, λ, one number a program, a factor; gradients of Q, A, G
+    rooms: tuple[_Room, ...]  # of the tensors that a solve makes, as csrc lists them
+    fixed: int  # how many of them are not just zeros
+    bounded: bool
+    back: tuple[_Room | None, ...]  # of those of `adjoint`; none for gradients of matrices that the batch shares
     parts: tuple[tuple[slice, tuple[int, ...], tuple[int, ...]], ...]  # of a factor: where, sizes, sizes in the batch
 
 
@@ -99,6 +106,7 @@ class Settled(NamedTuple):
     residual: Tensor  # (*B,)
     done: Tensor  # (*B,) bool
     number: int  # how many are done for good: weak ones are looked at again
+    zeros: Sequence[Tensor] = ()  # (*B,) int8, (*B, n_eq), (*B, n_ineq) and, without bounds, twice (*B, n)
 
     @property
     def factor(self) -> quadratic.Factor:
@@ -182,8 +190,13 @@ def _structure(
         end = -(-end // _ALIGNED) * _ALIGNED
     data = ((n, n), (n,), (n_eq, n), (n_eq,), (n_ineq, n), (n_ineq,), (n,), (n,))
     head = _head(dtype, batch, sizes, hold, bounded, steps, starts, apart)
-    rooms = [(*batch, n), (*batch, n_eq), (*batch, n_ineq), tuple(batch), (end,)]
-    rooms += [(*batch, rows, n) for rows in (n, n_eq, n_ineq)]
+    of_n, of_eq, of_ineq = (_room((*batch, size), dtype) for size in sizes)
+    one, small = _room(batch, dtype), _room(batch, torch.int8)
+    rooms = [of_n, of_eq, of_ineq, of_ineq, one, one, one, _room((end,), torch.float64)]
+    rooms += [_room(batch, torch.int64), small, _room(batch, torch.bool), *[of_n] * 3 * bounded]
+    fixed = len(rooms)
+    rooms += [small, of_eq, of_ineq, *[of_n] * 2 * (not bounded)]
+    back = [_room((*batch, rows, n), dtype) if mine else None for rows, mine in zip(sizes, own[:6:2], strict=True)]
     return Structure(
         head,
         dtype,
@@ -194,7 +207,10 @@ def _structure(
         tuple(
             torch.Size((*(batch if mine else (1,) * len(batch)), *event)) for mine, event in zip(own, data, strict=True)
         ),
-        tuple((room, _contiguous(room)) for room in rooms),
+        tuple(rooms),
+        fixed,
+        bounded,
+        (of_n, of_eq, of_ineq, *back, of_n, of_n, of_n),
         tuple(parts),
     )
 
@@ -214,13 +230,13 @@ def _head(
     return struct.pack("=27q", dtype == torch.float32, batch.numel(), *sizes, hold, form, *steps, *starts, *apart)
 
 
-def _contiguous(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
+def _room(sizes: tuple[int, ...], dtype: torch.dtype) -> _Room:
+    """Of a contiguous tensor."""
     strides, step = [], 1
     for size in reversed(sizes):
         strides.append(step)
         step *= max(size, 1)
-    return tuple(reversed(strides))
+    return tuple(sizes), tuple(reversed(strides)), dtype
 
 
 def solve(
@@ -232,68 +248,30 @@ def solve(
     max_iter: int,
     start: Tensor | None = None,
     known: Structure | None = None,
+    zeros: bool = False,
 ) -> Settled:
     """Solve a batch of programs Q, p, A, b, G, h with bounds (lb, ub), each (*B or 1s, ...).
 
     `start`: active rows to try first, (N, m), and with bounds +1 at ub, -1 at lb behind them, (N, m + n).
-    `known`: the structure that these programs have if they are contiguous.
+    `known`: the structure that these programs have if they are contiguous. `zeros`: whether zeros are wanted too.
     """
-    Q, p, A, b, G, h = data
-    lb, ub = bounds
-    if (
-        known is None
-        or not (Q.is_contiguous() and p.is_contiguous() and A.is_contiguous() and b.is_contiguous())
-        or not (G.is_contiguous() and h.is_contiguous())
-        or not (lb is None or lb.is_contiguous())
-        or not (ub is None or ub.is_contiguous())
-    ):
-        every = (*data, *bounds)
+    every = (*data, *bounds)
+    threads, most = torch.get_num_threads(), min(max_iter, 2**31)
+    start = None if start is None else start.contiguous()
+    found = None
+    if known is not None:
+        rooms = known.rooms if zeros else known.rooms[: known.fixed]
+        found = _kernel.solve(known.head, threads, tol, most, start, every, rooms)
+    if known is None or found is None:
         kept = [(None, 0) if t is None else _flat(t, k, batch) for t, k in zip(every, _EVENT_NDIM, strict=True)]
         known = structure(batch, every, [step for _, step in kept])
-        Q, p, A, b, G, h, lb, ub = (tensor for tensor, _ in kept)  # type: ignore[assignment]
-    head, dtype, (of_n, of_eq, of_ineq, of_one, of_factor, *_) = known.head, known.dtype, known.rooms
-    z, nu, lam = _empty(*of_n, dtype), _empty(*of_eq, dtype), _empty(*of_ineq, dtype)
-    s, value = _empty(*of_ineq, dtype), _empty(*of_one, dtype)
-    residual, condition = _empty(*of_one, dtype), _empty(*of_one, dtype)
-    iterations, weak, done = _empty(*of_one, torch.int64), _empty(*of_one, torch.int8), _empty(*of_one, torch.bool)
-    memory = _empty(*of_factor, torch.float64)
-    bound = pull_lb = pull_ub = None
-    to_bound = to_lb = to_ub = 0
-    if lb is not None or ub is not None:
-        bound, pull_lb, pull_ub = _empty(*of_n, dtype), _empty(*of_n, dtype), _empty(*of_n, dtype)
-        to_bound, to_lb, to_ub = bound.data_ptr(), pull_lb.data_ptr(), pull_ub.data_ptr()
-    start = None if start is None else start.contiguous()
-    number = _kernel.solve(
-        head,
-        torch.get_num_threads(),
-        Q.data_ptr(),
-        p.data_ptr(),
-        A.data_ptr(),
-        b.data_ptr(),
-        G.data_ptr(),
-        h.data_ptr(),
-        0 if lb is None else lb.data_ptr(),
-        0 if ub is None else ub.data_ptr(),
-        0 if start is None else start.data_ptr(),
-        tol,
-        min(max_iter, 2**31),
-        z.data_ptr(),
-        nu.data_ptr(),
-        lam.data_ptr(),
-        to_bound,
-        s.data_ptr(),
-        value.data_ptr(),
-        to_lb,
-        to_ub,
-        residual.data_ptr(),
-        condition.data_ptr(),
-        memory.data_ptr(),
-        iterations.data_ptr(),
-        weak.data_ptr(),
-        done.data_ptr(),
-    )
+        rooms = known.rooms if zeros else known.rooms[: known.fixed]
+        found = _kernel.solve(known.head, threads, tol, most, start, tuple(tensor for tensor, _ in kept), rooms)
+    number, (z, nu, lam, s, value, residual, condition, memory, iterations, weak, done, *others) = found
+    bound, pull_lb, pull_ub = others[:3] if known.bounded else (None, None, None)
+    packed, nothing = Packed(memory, known), others[3:] if known.bounded else others
     point = (z, nu, lam, bound, s, value, pull_lb, pull_ub)
-    return Settled(*point, Packed(memory, known), weak, condition, iterations, residual, done, number)
+    return Settled(*point, packed, weak, condition, iterations, residual, done, number, nothing)
 
 
 def adjoint(
@@ -306,7 +284,7 @@ def adjoint(
     converged: Tensor | None,
     wanted: Sequence[bool],
     pull_ub: Tensor | None = None,
-) -> tuple[list[Tensor], list[Tensor | None]] | None:
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor | None]] | None:
     """Solve K v = g and form the gradients that are wanted, those of Q, A and G where the batch does not share them.
 
     `grads` are those of z, ν, λ and the dual of the bounds; with bounds `pull_ub` tells which holds an unknown. Without
@@ -315,56 +293,36 @@ def adjoint(
     Returns: v_z, v_nu, v_lam; the gradients of Q, A, G, p, lb, ub. None where a problem failed or is degenerate.
     """
     Q, A, G = matrices
-    z, nu, lam = point
-    memory, parts = 0, []
     if isinstance(factor, Packed):
-        packed, known = factor
-        if not (Q.is_contiguous() and A.is_contiguous() and G.is_contiguous() and packed.is_contiguous()):
-            Q, A, G = (_first(t, step) for t, step in zip(matrices, known.steps[:6:2], strict=True))
-            packed = packed.contiguous()
-        head, memory = known.head, packed.data_ptr()
+        memory, known = factor
+        head, parts = known.head, None
     else:
         (Q, step_q), (A, step_a), (G, step_g) = (_flat(tensor, 2, batch) for tensor in matrices)
         sizes, bounded = (Q.shape[-1], A.shape[-2], G.shape[-2]), pull_ub is not None
         own = (*(matrix.shape[:-2] == batch for matrix in matrices for _ in range(2)), True, True)
         steps = (step_q, 0, step_a, 0, step_g, 0, 0, 0)
         known = _structure(batch, Q.dtype, sizes, bounded, own, steps)
-        parts = [_flat(t, k, batch) for t, k in zip(factor, quadratic.EVENT_NDIM, strict=True)]
-        hold, apart = factor.chol_ineq.shape[-1], [step for _, step in parts]
-        head = _head(Q.dtype, batch, sizes, hold, bounded, steps, (0,) * 6, apart)
-    dtype, own, (of_n, of_eq, of_ineq, _, _, *of_matrices) = known.dtype, known.own, known.rooms
-    if not (z.is_contiguous() and nu.is_contiguous() and lam.is_contiguous()):
-        z, nu, lam = z.contiguous(), nu.contiguous(), lam.contiguous()
+        flat = [_flat(t, k, batch) for t, k in zip(factor, quadratic.EVENT_NDIM, strict=True)]
+        memory, parts = None, tuple(part for part, _ in flat)
+        apart = [step for _, step in flat]
+        head = _head(Q.dtype, batch, sizes, factor.chol_ineq.shape[-1], bounded, steps, (0,) * 6, apart)
     rights = [(None, 0) if g is None else (g, g.shape[-1]) if g.is_contiguous() else _flat(g, 1, batch) for g in grads]
-    v_z, v_nu, v_lam = _empty(*of_n, dtype), _empty(*of_eq, dtype), _empty(*of_ineq, dtype)
-    made: list[Tensor | None] = [
-        _empty(*room, dtype) if want and mine else None
-        for want, mine, room in zip(wanted, own[::2], of_matrices, strict=False)
-    ]
-    made += [_empty(*of_n, dtype) if want else None for want in wanted[3:]]
-    held = None if pull_ub is None else pull_ub.contiguous()
-    good = _kernel.adjoint(
-        head,
-        torch.get_num_threads(),
-        Q.data_ptr(),
-        A.data_ptr(),
-        G.data_ptr(),
-        z.data_ptr(),
-        nu.data_ptr(),
-        lam.data_ptr(),
-        0 if held is None else held.data_ptr(),
-        *[0 if t is None else t.data_ptr() for t, _ in rights],
-        *[step for _, step in rights],
-        v_z.data_ptr(),
-        v_nu.data_ptr(),
-        v_lam.data_ptr(),
-        *[0 if t is None else t.data_ptr() for t in made],
-        0 if degenerate is None else degenerate.data_ptr(),
-        0 if converged is None else converged.data_ptr(),
-        memory,
-        *[t.data_ptr() for t, _ in parts],
+    (g_z, step_z), (g_nu, step_nu), (g_lam, step_lam), (g_bound, step_bound) = rights
+    wishes = zip(known.back, (True, True, True, *wanted), strict=True)
+    threads = torch.get_num_threads()
+    task = (
+        (g_z, g_nu, g_lam, g_bound),
+        (step_z, step_nu, step_lam, step_bound),
+        (degenerate, converged),
+        parts,
+        tuple([room if wish else None for room, wish in wishes]),
     )
-    return ([v_z, v_nu, v_lam], made) if good else None
+    made = _kernel.adjoint(head, threads, (Q, A, G, *point, pull_ub, memory), *task)
+    if made is None:
+        Q, A, G = (_first(t, step) for t, step in zip((Q, A, G), known.steps[:6:2], strict=True))
+        whole = (None if t is None else t.contiguous() for t in (*point, pull_ub, memory))
+        made = _kernel.adjoint(head, threads, (Q, A, G, *whole), *task)
+    return (made[:3], list(made[3:])) if made else None
 
 
 def _first(tensor: Tensor, step: int) -> Tensor:

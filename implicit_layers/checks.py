@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from implicit_layers.errors import ArgumentError, ArgumentTypeError, DeviceError, DtypeError, NonFiniteError, ShapeError
 
-PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter)
 HALF = (torch.float16, torch.bfloat16)  # too coarse to compute in; what is given in them is computed in float32
 
 
@@ -320,7 +320,7 @@ def plain(*tensors: Tensor) -> bool:
     """Whether these are ordinary tensors, whose numbers lie in memory as they are."""
     if torch.compiler.is_compiling():
         return False
-    wrapped, kinds, strided = torch._C._functorch.is_functorch_wrapped_tensor, PLAIN, torch.strided
+    wrapped, kinds, strided = torch._C._functorch.is_functorch_wrapped_tensor, _PLAIN, torch.strided
     for t in tensors:  # noqa: SIM110  a loop costs half of `all`, and control loops wait for it
         if type(t) not in kinds or t.layout is not strided or t.is_neg() or wrapped(t):
             return False

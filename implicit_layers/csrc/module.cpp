@@ -1,6 +1,8 @@
 // The Python module `implicit_layers._kernel`: functions of tensors, and threads to share the programs.
 //
-//     prepare(…)   takes what is asked of PyTorch: makes a tensor, tells its address, whether it is contiguous
+//     prepare(…)   takes what is asked of PyTorch, such as what makes a tensor and what tells its address
+//     structure(…) the shapes and dtypes of tensors that are ordinary ones
+//     ordinary(…)  whether tensors are such
 //     solve(…)     the answers of the programs that it could settle, and how many those are
 //     adjoint(…)   solves the linear system of the derivative, where all programs allow it
 //     describe()   which instructions it uses, and how many programs go side by side
@@ -215,8 +217,11 @@ static void work(Team* team, Work Width::*what, const void* task, const Data& d,
     if (job.failed()) throw std::bad_alloc();
 }
 
-// What is asked of PyTorch, handed over by `prepare`: how memory is made, where it is, and whether it has no gaps.
-static PyObject *torch_empty, *torch_data_ptr, *torch_is_contiguous;
+// What is asked of PyTorch, handed over by `prepare`: how memory is made, where it is, whether it has no gaps; and what
+// an ordinary tensor is.
+static PyObject *torch_empty, *torch_data_ptr, *torch_is_contiguous, *torch_is_neg, *torch_is_wrapped;
+static PyObject *torch_strided, *torch_tensor, *torch_parameter;
+static PyObject *name_layout, *name_is_cpu, *name_shape, *name_dtype;
 
 // The numbers that batches of programs alike in their sizes have in common.
 struct Head {
@@ -267,14 +272,36 @@ class Tensors {
     bool fine_ = true;
 };
 
+// Whether a function of a tensor says so; -1 where it fails.
+static int says(PyObject* function, PyObject* tensor) {
+    PyObject* const answer = PyObject_Vectorcall(function, &tensor, 1, nullptr);
+    const int yes = answer ? PyObject_IsTrue(answer) : -1;
+    Py_XDECREF(answer);
+    return yes;
+}
+
+// 1 for an ordinary tensor, whose numbers lie in the processor's memory as they are; 0 for others; -1 for a failure.
+static int ordinary(PyObject* tensor) {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    if (type != torch_tensor && type != torch_parameter) return 0;
+    PyObject* const layout = PyObject_GetAttr(tensor, name_layout);
+    Py_XDECREF(layout);  // somebody else holds it too
+    if (layout != torch_strided) return layout ? 0 : -1;
+    PyObject* const is_cpu = PyObject_GetAttr(tensor, name_is_cpu);
+    Py_XDECREF(is_cpu);
+    if (is_cpu != Py_True) return is_cpu ? 0 : -1;
+    const int negated = says(torch_is_neg, tensor);
+    if (negated) return negated < 0 ? -1 : 0;
+    const int wrapped = says(torch_is_wrapped, tensor);
+    return wrapped < 0 ? -1 : !wrapped;
+}
+
 // 1 where none of the first tensors has gaps, 0 where one has, -1 where the question failed.
 static int gapless(PyObject* tensors, Py_ssize_t count) {
     for (Py_ssize_t i = 0; i < count && i < PyTuple_GET_SIZE(tensors); ++i) {
         PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
         if (tensor == Py_None) continue;
-        PyObject* const answer = PyObject_Vectorcall(torch_is_contiguous, &tensor, 1, nullptr);
-        const int yes = answer ? PyObject_IsTrue(answer) : -1;
-        Py_XDECREF(answer);
+        const int yes = says(torch_is_contiguous, tensor);
         if (yes != 1) return yes;
     }
     return 1;
@@ -451,19 +478,61 @@ static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count
     return Py_NewRef(made.row());
 }
 
-static PyObject* prepare(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    if (count != 3) {
+// Of tensors, or None, in a tuple: their shapes and dtypes in one row; None where one is no ordinary tensor.
+static PyObject* structure(PyObject*, PyObject* tensors) {
+    if (!PyTuple_Check(tensors)) {
         PyErr_SetString(PyExc_TypeError, "wrong arguments");
         return nullptr;
     }
-    torch_empty = Py_NewRef(arguments[0]), torch_data_ptr = Py_NewRef(arguments[1]);
-    torch_is_contiguous = Py_NewRef(arguments[2]);
+    const Py_ssize_t count = PyTuple_GET_SIZE(tensors);
+    PyObject* const row = PyTuple_New(2 * count);
+    for (Py_ssize_t i = 0; row && i < count; ++i) {
+        PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
+        const bool none = tensor == Py_None;
+        const int fine = none ? 1 : ordinary(tensor);
+        PyObject* const shape = fine != 1 ? nullptr : none ? Py_NewRef(Py_None) : PyObject_GetAttr(tensor, name_shape);
+        PyObject* const dtype = !shape ? nullptr : none ? Py_NewRef(Py_None) : PyObject_GetAttr(tensor, name_dtype);
+        PyTuple_SET_ITEM(row, 2 * i, shape);
+        PyTuple_SET_ITEM(row, 2 * i + 1, dtype);
+        if (!dtype) {
+            Py_DECREF(row);
+            if (fine == 0) Py_RETURN_NONE;
+            return nullptr;
+        }
+    }
+    return row;
+}
+
+// Whether all tensors of a tuple are ordinary ones, or None.
+static PyObject* all_ordinary(PyObject*, PyObject* tensors) {
+    for (Py_ssize_t i = 0; PyTuple_Check(tensors) && i < PyTuple_GET_SIZE(tensors); ++i) {
+        PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
+        const int fine = tensor == Py_None ? 1 : ordinary(tensor);
+        if (fine < 0) return nullptr;
+        if (!fine) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+}
+
+static PyObject* prepare(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    PyObject** const kept[] = {&torch_empty,      &torch_data_ptr, &torch_is_contiguous, &torch_is_neg,
+                               &torch_is_wrapped, &torch_strided,  &torch_tensor,        &torch_parameter};
+    const Py_ssize_t expected = sizeof kept / sizeof *kept;
+    if (count != expected) {
+        PyErr_SetString(PyExc_TypeError, "wrong arguments");
+        return nullptr;
+    }
+    for (Py_ssize_t i = 0; i < count; ++i) *kept[i] = Py_NewRef(arguments[i]);
+    name_layout = PyUnicode_InternFromString("layout"), name_is_cpu = PyUnicode_InternFromString("is_cpu");
+    name_shape = PyUnicode_InternFromString("shape"), name_dtype = PyUnicode_InternFromString("dtype");
     Py_RETURN_NONE;
 }
 
 static PyObject* describe(PyObject*, PyObject*) { return Py_BuildValue("(si)", KERNEL.name, KERNEL.together.lanes); }
 
 static PyMethodDef METHODS[] = {
+    {"structure", structure, METH_O, nullptr},
+    {"ordinary", all_ordinary, METH_O, nullptr},
     {"prepare", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)), METH_FASTCALL, nullptr},
     {"solve", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(solve)), METH_FASTCALL, nullptr},
     {"adjoint", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(adjoint)), METH_FASTCALL, nullptr},

@@ -72,7 +72,7 @@ def at_the_door(
     given = (Q, p, A, b, G, h, lb, ub)
     key = None
     if later:
-        key = _structure(given)
+        key = compiled.sizes_and_dtypes(given)
         known = _known.get(key)
         if known is not None:
             return Door(_formed(known, given), known.batch, False, True, known.structure)
@@ -121,23 +121,6 @@ class _Known(NamedTuple):
 
 _MOST_KNOWN = 256
 _known: dict[tuple[object, ...] | None, _Known] = {}
-
-
-def _structure(given: Sequence[Tensor | None]) -> tuple[object, ...] | None:
-    """Of plain tensors in memory, everything that the checks look at but values; of others None."""
-    if torch.compiler.is_compiling():
-        return None
-    parts: list[object] = []
-    kinds, strided, wrapped = checks.PLAIN, torch.strided, torch._C._functorch.is_functorch_wrapped_tensor
-    for t in given:  # one by one what `checks.plain` asks: a control loop waits for it
-        if t is None:
-            parts.append(None)
-            continue
-        if type(t) not in kinds or t.layout is not strided or t.is_neg() or wrapped(t) or not t.is_cpu:
-            return None
-        parts.append(t.shape)
-        parts.append(t.dtype)
-    return tuple(parts)
 
 
 def _remember(key: tuple[object, ...], given: Sequence[Tensor | None], program: Program, batch: torch.Size) -> None:

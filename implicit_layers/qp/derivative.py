@@ -235,22 +235,15 @@ class _SettledQP(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         settings, structure, needs = ctx.settings, ctx.structure, (*ctx.needs_input_grad[2:], False, False)
         saved, grads = ctx.saved_tensors, (g_z, g_nu, g_lam, g_bound)
-        if (
-            g_s is None
-            and g_value is None
-            and not torch.is_grad_enabled()
-            and not transforms.at_work()
-            and level() == 0
-        ):
+        if g_s is None and g_value is None and compiled.ordinary((*saved, *grads)) and _once():
             Q, A, G, z, nu, lam, memory, *of_bounds = saved
-            if checks.plain(*saved, *(grad for grad in grads if grad is not None)):
-                which = (needs[0], needs[2], needs[4], needs[1], needs[6], needs[7])
-                packed, pull_ub = compiled.Packed(memory, structure), of_bounds[2] if of_bounds else None
-                matrices, point = (Q, A, G), (z, nu, lam)
-                solved = compiled.adjoint(structure.batch, matrices, point, grads, packed, None, None, which, pull_ub)
-                if solved is not None:
-                    shapes = None if structure.alone else structure.shapes
-                    return None, None, *_collected(solved, matrices, point, needs, shapes)[: len(needs) - 2]
+            matrices, point = (Q, A, G), (z, nu, lam)
+            which = (needs[0], needs[2], needs[4], needs[1], needs[6], needs[7])
+            packed, pull_ub = compiled.Packed(memory, structure), of_bounds[2] if of_bounds else None
+            solved = compiled.adjoint(structure.batch, matrices, point, grads, packed, None, None, which, pull_ub)
+            if solved is not None:
+                shapes = None if structure.alone else structure.shapes
+                return None, None, *_collected(solved, matrices, point, needs, shapes)[: len(needs) - 2]
 
         def work(*tensors: Any) -> Sequence[Tensor | None]:
             Q, A, G, z, nu, lam, memory, *of_bounds = tensors[:-6]
@@ -258,6 +251,11 @@ class _SettledQP(torch.autograd.Function):
             return _gradients(settings, (Q, A, G), (z, nu, lam), outcome, tensors[-6:], needs, structure.shapes)
 
         return None, None, *modernised(work, (*saved, *grads, g_s, g_value))[: len(needs) - 2]
+
+
+def _once() -> bool:
+    """Whether nobody differentiates what is computed now, nor maps over it."""
+    return not torch.is_grad_enabled() and not transforms.at_work() and level() == 0
 
 
 def _settled_before(

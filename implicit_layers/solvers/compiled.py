@@ -55,7 +55,10 @@ except AttributeError:
 
 
 if _kernel is not None:
-    _kernel.prepare(_empty, Tensor.data_ptr, Tensor.is_contiguous)
+    _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    _of_tensors = (Tensor.data_ptr, Tensor.is_contiguous, Tensor.is_neg, _wrapped)
+    _ASKED = (_empty, *_of_tensors, torch.strided, Tensor, torch.nn.Parameter)
+    _kernel.prepare(*_ASKED)
 
 
 class Structure(NamedTuple):
@@ -151,6 +154,16 @@ def _form(n: int, n_ineq: int, bounded: bool) -> int:
     if bounded:
         return _BOUNDED
     return _NARROW if n_ineq >= _MANY * n and n_ineq > n else _WIDE
+
+
+def sizes_and_dtypes(tensors: tuple[Tensor | None, ...]) -> tuple[object, ...] | None:
+    """Of ordinary tensors in the processor's memory; None where one is another, or there is no kernel."""
+    return None if _kernel is None or torch.compiler.is_compiling() else _kernel.structure(tensors)
+
+
+def ordinary(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether these are ordinary tensors in the processor's memory."""
+    return _kernel is not None and not torch.compiler.is_compiling() and _kernel.ordinary(tensors)
 
 
 def structure(batch: torch.Size, data: Sequence[Tensor | None], steps: Sequence[int] | None = None) -> Structure:

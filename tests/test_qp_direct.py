@@ -85,9 +85,9 @@ def test_operations_of_a_call(n_eq: int, gradient: Any, bounded: bool, made: lis
         assert forward.found.total() <= (11 if bounded else 3), forward.found
         assert len(made) == (17 if bounded else 16), made
         made.clear()
-        wanted = [t for t in data.values() if t.requires_grad]
+        wanted, ones = [t for t in data.values() if t.requires_grad], torch.ones_like(solution.z)
         with Operations() as backward:  # the same 3
-            torch.autograd.grad(solution.z, wanted, torch.ones_like(solution.z))
+            torch.autograd.grad(solution.z, wanted, ones)
         assert backward.found.total() <= (4 if bounded else 3), backward.found
         assert len(made) == 3 + sum(data[name].requires_grad for name in ("Q", "p", "A", "G", "ub") if name in data)
 
@@ -110,6 +110,21 @@ def test_a_program_that_the_kernel_leaves_is_not_given_to_it_twice(monkeypatch: 
     solution = il.solve_qp(**data, on_failure="ignore")
     assert solution.info.status.tolist() == [0, 0, int(il.Status.INFEASIBLE), 0]
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_memory_from_the_dispatcher_does_as_well(bounded: bool) -> None:
+    data = program(n_eq=2, batch=(3,))
+    data = leaves(data | ({"lb": torch.full((10,), -3.0, dtype=torch.float64)} if bounded else {}))
+    answers = []
+    for empty in (compiled._ASKED[0], compiled._empty):
+        compiled._kernel.prepare(empty, *compiled._ASKED[1:])
+        try:
+            solution = il.solve_qp(**data)
+            answers.append([*solution[:4], *solution.info, *solution[5:8], *solution.shift, *gradients(data, solution)])
+        finally:
+            compiled._kernel.prepare(*compiled._ASKED)
+    assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(*answers, strict=True))
 
 
 # --- nothing is taken for granted ------------------------------------------------------------------------------------

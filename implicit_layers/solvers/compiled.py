@@ -42,22 +42,22 @@ _MOST_ENTRIES = 40_000  # of the rows' matrix, where there are more of them
 _MANY = 2.0  # inequalities for each unknown from which an iteration factors a matrix of the unknowns' size
 _WIDE, _NARROW, _BOUNDED = range(3)  # the forms of the iteration, see csrc
 
-_Room = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # sizes and strides of a tensor
+_Room = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # sizes, strides and dtype of a tensor
 _EVENT_NDIM = (2, 1, 2, 1, 2, 1, 1, 1)  # trailing dimensions of Q, p, A, b, G, h, lb, ub
 _ALIGNED = 8  # parts of a factor start at multiples of so many numbers, as memory of their own does
 
-try:  # half of what it takes to ask the dispatcher, which need not choose here: whatever the user's default device
-    _empty = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
-except AttributeError:
 
-    def _empty(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(sizes, strides, dtype=dtype, device="cpu")
+def _empty(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a tensor, whatever the user's default device."""
+    return torch.empty_strided(sizes, strides, dtype=dtype, device="cpu")
 
 
-if _kernel is not None:
+if _kernel is not None:  # what it asks of PyTorch
+    _guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    _at_once = getattr(_guards, "_empty_strided_cpu", _empty)  # which takes half as long as to ask the dispatcher
     _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     _of_tensors = (Tensor.data_ptr, Tensor.is_contiguous, Tensor.is_neg, _wrapped)
-    _ASKED = (_empty, *_of_tensors, torch.strided, Tensor, torch.nn.Parameter)
+    _ASKED = (_at_once, *_of_tensors, torch.strided, Tensor, torch.nn.Parameter)
     _kernel.prepare(*_ASKED)
 
 

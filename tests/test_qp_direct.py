@@ -40,6 +40,20 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Sizes(TorchDispatchMode):
+    """The memory, in numbers, of what operations give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        if isinstance(answer, Tensor):
+            self.found.append(answer.untyped_storage().nbytes() // answer.element_size())
+        return answer
+
+
 def program(n: int = 10, n_ineq: int = 10, n_eq: int = 0, batch: tuple[int, ...] = (1,)) -> Data:
     return dict(zip(NAMES, random_qp(n, n_ineq, n_eq, batch=batch, seed=3, condition=10.0), strict=False))
 
@@ -218,6 +232,20 @@ def test_an_argument_without_memory_of_its_own_for_each_program(which: str) -> N
     for later in answers[1:]:
         for x, y in zip(answers[0], later, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
+def test_what_a_batch_shares_is_not_copied_for_each_of_its_programs() -> None:
+    data = program(4, 5, 2, batch=(50,))
+    data = leaves({**data, "h": data["h"] + 5.0})
+    for name in ("Q", "A", "G"):
+        one = data[name][0].detach().clone().requires_grad_()
+        data[name] = one.expand(50, *one.shape)
+    for _ in range(2):
+        with Sizes() as forward:
+            solution = il.solve_qp(**data)
+        with Sizes() as backward:
+            torch.autograd.grad(solution.z, data["p"], torch.ones_like(solution.z))
+        assert max([*forward.found, *backward.found]) <= 50 * 5, (forward.found, backward.found)
 
 
 def test_an_empty_batch_again() -> None:

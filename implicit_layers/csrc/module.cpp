@@ -232,7 +232,7 @@ struct Head {
 
 static bool read_head(PyObject* bytes, Head& head, Data& d) {
     if (!PyBytes_Check(bytes) || PyBytes_GET_SIZE(bytes) != sizeof head) {
-        PyErr_SetString(PyExc_TypeError, "wrong head");
+        PyErr_SetString(PyExc_TypeError, "not a head of numbers");
         return false;
     }
     std::memcpy(&head, PyBytes_AS_STRING(bytes), sizeof head);
@@ -369,7 +369,7 @@ static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
     Solve task;
     Data& d = task.data;
     if (count != 7 || !PyTuple_Check(arguments[5]) || !PyTuple_Check(arguments[6])) {
-        PyErr_SetString(PyExc_TypeError, "wrong arguments");
+        PyErr_SetString(PyExc_TypeError, "wrong number of arguments, or kind of one");
         return nullptr;
     }
     if (!read_head(arguments[0], head, d)) return nullptr;
@@ -427,7 +427,7 @@ static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count
     Head head;
     Adjoint task;
     if (count != 8 || !PyTuple_Check(arguments[2]) || !PyTuple_Check(arguments[7]) || PyTuple_GET_SIZE(arguments[7]) != 9) {
-        PyErr_SetString(PyExc_TypeError, "wrong arguments");
+        PyErr_SetString(PyExc_TypeError, "wrong number of arguments, or kind of one");
         return nullptr;
     }
     if (!read_head(arguments[0], head, task.data)) return nullptr;
@@ -481,7 +481,7 @@ static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count
 // Of tensors, or None, in a tuple: their shapes and dtypes in one row; None where one is no ordinary tensor.
 static PyObject* structure(PyObject*, PyObject* tensors) {
     if (!PyTuple_Check(tensors)) {
-        PyErr_SetString(PyExc_TypeError, "wrong arguments");
+        PyErr_SetString(PyExc_TypeError, "not a tuple of tensors");
         return nullptr;
     }
     const Py_ssize_t count = PyTuple_GET_SIZE(tensors);
@@ -519,7 +519,7 @@ static PyObject* prepare(PyObject*, PyObject* const* arguments, Py_ssize_t count
                                &torch_is_wrapped, &torch_strided,  &torch_tensor,        &torch_parameter};
     const Py_ssize_t expected = sizeof kept / sizeof *kept;
     if (count != expected) {
-        PyErr_SetString(PyExc_TypeError, "wrong arguments");
+        PyErr_SetString(PyExc_TypeError, "wrong number of arguments, or kind of one");
         return nullptr;
     }
     for (Py_ssize_t i = 0; i < count; ++i) *kept[i] = Py_NewRef(arguments[i]);

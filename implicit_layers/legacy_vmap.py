@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def _level() -> int:
+def level() -> int:
     """The innermost level of the old vmap."""
     depth: int = torch._C._vmapmode_increment_nesting()
     torch._C._vmapmode_decrement_nesting()
@@ -31,11 +31,11 @@ def modernised(
     """function(*tensors), under `torch.func.vmap` where the old one has batched some of the tensors."""
     if torch.compiler.is_compiling():  # which knows no old vmap
         return function(*tensors)
-    level = _level()
-    if level == 0 or not any(map(_batched, tensors)):
+    nested = level()
+    if nested == 0 or not any(map(_batched, tensors)):
         return function(*tensors)
     dims = tuple(0 if _batched(x) else None for x in tensors)
-    plain = [torch._remove_batch_dim(x, level, 1, 0) if x is not None and _batched(x) else x for x in tensors]
+    plain = [torch._remove_batch_dim(x, nested, 1, 0) if x is not None and _batched(x) else x for x in tensors]
     present: list[bool] = []
 
     def without_none(*inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -44,4 +44,4 @@ def modernised(
         return tuple(x for x in outputs if x is not None)
 
     outputs = iter(torch.func.vmap(without_none, in_dims=dims)(*plain))
-    return [torch._add_batch_dim(next(outputs), 0, level) if there else None for there in present]
+    return [torch._add_batch_dim(next(outputs), 0, nested) if there else None for there in present]

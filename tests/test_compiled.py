@@ -509,6 +509,18 @@ def test_a_wrong_number_of_arguments_is_refused() -> None:
     for function in (compiled._kernel.solve, compiled._kernel.adjoint):
         with pytest.raises(TypeError, match="wrong number of arguments"):
             function(1, 2, 3)
+    Q = torch.eye(2, dtype=torch.float64)
+    known = compiled.solve(
+        torch.Size(), (Q, Q[0], Q[:0], Q[0, :0], Q[:0], Q[0, :0]), tol=1e-8, max_iter=9
+    ).packed.structure
+    with pytest.raises(TypeError, match="head"):
+        compiled._kernel.solve(b"", 1, 1e-8, 9, None, (Q,) * 8, known.rooms)
+    with pytest.raises(TypeError, match="wrong number of tensors"):
+        compiled._kernel.solve(known.head, 1, 1e-8, 9, None, (Q,) * 7, known.rooms)
+    with pytest.raises(TypeError, match="wrong number of tensors"):
+        compiled._kernel.solve(known.head, 1, 1e-8, 9, None, (Q,) * 8, known.rooms[:5])
+    with pytest.raises(TypeError, match="tuple"):
+        compiled._kernel.structure([Q])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from typing import Any
 
@@ -38,6 +40,20 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Sizes(TorchDispatchMode):
+    """The memory, in numbers, of what operations give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        if isinstance(answer, Tensor):
+            self.found.append(answer.untyped_storage().nbytes() // answer.element_size())
+        return answer
+
+
 def program(n: int = 10, n_ineq: int = 10, n_eq: int = 0, batch: tuple[int, ...] = (1,)) -> Data:
     return dict(zip(NAMES, random_qp(n, n_ineq, n_eq, batch=batch, seed=3, condition=10.0), strict=False))
 
@@ -54,24 +70,50 @@ def gradients(data: Data, solution: il.QPSolution) -> list[Tensor]:
 # --- what it costs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """The sizes of the tensors that the kernel makes, without asking the dispatcher."""
+    sizes: list[tuple[int, ...]] = []
+    empty, *others = compiled._ASKED
+
+    def counted(*room: Any) -> Tensor:
+        sizes.append(room[0])
+        return empty(*room)
+
+    compiled._kernel.prepare(counted, *others)
+    yield sizes
+    compiled._kernel.prepare(*compiled._ASKED)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize(("n_eq", "gradient"), [(0, "exact"), (3, "exact"), (3, "least_norm")])
-def test_operations_of_a_call(n_eq: int, gradient: Any) -> None:
-    """15 tensors of the answer, 6 of the factor; 3 of the point are saved as outputs."""
-    data = leaves(program(n_eq=n_eq))
+def test_operations_of_a_call(n_eq: int, gradient: Any, bounded: bool, made: list[tuple[int, ...]]) -> None:
+    """15 tensors of the answer and one of the factor, 3 of the point saved as outputs; with bounds their dual, too, and
+    what pulls, and 7 operations for λ_lb and λ_ub of it.
+    """
+    data = leaves(program(n_eq=n_eq) | ({"ub": torch.full((1, 10), 0.5, dtype=torch.float64)} if bounded else {}))
     for _ in range(2):  # what is worked out in the first call takes no operation either
+        made.clear()
         with Operations() as forward:
             solution = il.solve_qp(**data, gradient=gradient)
-        assert forward.found.total() <= 24, forward.found
-        with Operations() as backward:  # the 3 saved outputs, v, and at most 4 gradients that are not v
-            torch.autograd.grad(solution.z, [t for t in data.values() if t.requires_grad], torch.ones_like(solution.z))
-        assert backward.found.total() <= 12, backward.found
+        assert forward.found.total() <= (11 if bounded else 3), forward.found
+        assert len(made) == (17 if bounded else 16), made
+        made.clear()
+        wanted, ones = [t for t in data.values() if t.requires_grad], torch.ones_like(solution.z)
+        with Operations() as backward:  # the same 3
+            torch.autograd.grad(solution.z, wanted, ones)
+        assert backward.found.total() <= (4 if bounded else 3), backward.found
+        assert len(made) == 3 + sum(data[name].requires_grad for name in ("Q", "p", "A", "G", "ub") if name in data)
 
 
-def test_without_a_graph_nothing_is_attached() -> None:
+def test_without_a_graph_nothing_is_attached(made: list[tuple[int, ...]]) -> None:
     data = program()
-    with Operations() as forward:
-        solution = il.solve_qp(**data)
-    assert forward.found.total() <= 21, forward.found
+    for _ in range(2):
+        made.clear()
+        with Operations() as forward:
+            solution = il.solve_qp(**data)
+        assert forward.found.total() == 0, forward.found
+        assert len(made) == 16
     assert not solution.z.requires_grad
 
 
@@ -82,6 +124,21 @@ def test_a_program_that_the_kernel_leaves_is_not_given_to_it_twice(monkeypatch: 
     solution = il.solve_qp(**data, on_failure="ignore")
     assert solution.info.status.tolist() == [0, 0, int(il.Status.INFEASIBLE), 0]
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_memory_from_the_dispatcher_does_as_well(bounded: bool) -> None:
+    data = program(n_eq=2, batch=(3,))
+    data = leaves(data | ({"lb": torch.full((10,), -3.0, dtype=torch.float64)} if bounded else {}))
+    answers = []
+    for empty in (compiled._ASKED[0], compiled._empty):
+        compiled._kernel.prepare(empty, *compiled._ASKED[1:])
+        try:
+            solution = il.solve_qp(**data)
+            answers.append([*solution[:4], *solution.info, *solution[5:8], *solution.shift, *gradients(data, solution)])
+        finally:
+            compiled._kernel.prepare(*compiled._ASKED)
+    assert all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(*answers, strict=True))
 
 
 # --- nothing is taken for granted ------------------------------------------------------------------------------------
@@ -156,6 +213,56 @@ def test_the_first_call_and_later_ones_give_the_same_bits(shape: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(answers[0], later, strict=True))
 
 
+@pytest.mark.parametrize("which", ["Q", "A", "G", "h"])
+def test_an_argument_without_memory_of_its_own_for_each_program(which: str) -> None:
+    data = program(4, 5, 2, batch=(3,))
+    data = leaves({**data, "h": data["h"] + 5.0})
+    one = {**data, which: data[which][0].detach().requires_grad_()}
+    arguments._known.clear()
+    answers = []
+    for _ in range(3):
+        shared = {
+            **one,
+            which: one[which].expand(3, *one[which].shape),
+        }  # the sizes are those of three, the memory is not
+        apart = {**one, which: shared[which].contiguous()}
+        for same in (shared, apart):
+            solution = il.solve_qp(**same)
+            answers.append([*solution[:4], *gradients(one, solution)])
+    for later in answers[1:]:
+        for x, y in zip(answers[0], later, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
+def test_what_a_batch_shares_is_not_copied_for_each_of_its_programs() -> None:
+    data = program(4, 5, 2, batch=(50,))
+    data = leaves({**data, "h": data["h"] + 5.0})
+    for name in ("Q", "A", "G"):
+        one = data[name][0].detach().clone().requires_grad_()
+        data[name] = one.expand(50, *one.shape)
+    for _ in range(2):
+        with Sizes() as forward:
+            solution = il.solve_qp(**data)
+        with Sizes() as backward:
+            torch.autograd.grad(solution.z, data["p"], torch.ones_like(solution.z))
+        assert max([*forward.found, *backward.found]) <= 50 * 5, (forward.found, backward.found)
+
+
+def test_an_empty_batch_again() -> None:
+    data = {name: tensor[:0] for name, tensor in program(n_eq=2, batch=(3,)).items()}
+    for _ in range(3):
+        assert il.solve_qp(**data).z.shape == (0, 10)
+
+
+def test_one_structure_in_many_threads() -> None:
+    data = leaves(program(n_eq=2, batch=(3,)))
+    expected = gradients(data, il.solve_qp(**data))
+    arguments._known.clear()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: gradients(data, il.solve_qp(**data)), range(40)))
+    assert all(torch.equal(x, y) for each in found for x, y in zip(each, expected, strict=True))
+
+
 def test_few_structures_are_kept() -> None:
     arguments._known.clear()
     one = torch.eye(1, dtype=torch.float64)
@@ -183,8 +290,10 @@ def test_solutions_are_copied_and_pickled() -> None:
         torch.testing.assert_close((*copy[:4], *copy[5:8]), (*solution[:4], *solution[5:8]), rtol=0, atol=0)
 
 
-def test_hooks_on_what_is_saved() -> None:
-    data = leaves(program(n_eq=2, batch=(3,)))
+@pytest.mark.parametrize("bounded", [False, True])
+def test_hooks_on_what_is_saved(bounded: bool) -> None:
+    data = program(n_ineq=3, n_eq=2, batch=(3,))
+    data = leaves(data | ({"lb": torch.full((10,), -0.5, dtype=torch.float64)} if bounded else {}))
     expected = gradients(data, il.solve_qp(**data))
 
     def scattered(t: Tensor) -> Tensor:  # not contiguous

@@ -1,7 +1,10 @@
-// The Python module `implicit_layers._kernel`: functions that take addresses, and threads to share the programs.
+// The Python module `implicit_layers._kernel`: functions of tensors, and threads to share the programs.
 //
-//     solve(…)     writes the answers of the programs that it could settle; returns how many those are
-//     adjoint(…)   solves the linear system of the derivative; returns whether all programs allow it
+//     prepare(…)   takes what is asked of PyTorch, such as what makes a tensor and what tells its address
+//     structure(…) the shapes and dtypes of tensors that are ordinary ones
+//     ordinary(…)  whether tensors are such
+//     solve(…)     the answers of the programs that it could settle, and how many those are
+//     adjoint(…)   solves the linear system of the derivative, where all programs allow it
 //     describe()   which instructions it uses, and how many programs go side by side
 
 #define PY_SSIZE_T_CLEAN
@@ -10,6 +13,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <string>
@@ -213,45 +217,119 @@ static void work(Team* team, Work Width::*what, const void* task, const Data& d,
     if (job.failed()) throw std::bad_alloc();
 }
 
-// Arguments come as one row of whole numbers: sizes, steps and addresses, in the order of the structures.
-class Numbers {
-   public:
-    Numbers(PyObject* const* arguments, Py_ssize_t count) : next_(arguments), end_(arguments + count) {}
-    long long number() {
-        if (next_ == end_) {
-            short_ = true;
-            return 0;
-        }
-        return PyLong_AsLongLong(*next_++);
-    }
-    template <class P>
-    void address(P& to) {
-        to = reinterpret_cast<P>(number());
-    }
-    double real() { return next_ == end_ ? (short_ = true, 0.0) : PyFloat_AsDouble(*next_++); }
-    bool fine() {
-        if (PyErr_Occurred()) return false;
-        if (short_ || next_ != end_) {
-            PyErr_SetString(PyExc_TypeError, "wrong number of arguments");
-            return false;
-        }
-        return true;
-    }
+// What is asked of PyTorch, handed over by `prepare`: how memory is made, where it is, whether it has no gaps; and what
+// an ordinary tensor is.
+static PyObject *torch_empty, *torch_data_ptr, *torch_is_contiguous, *torch_is_neg, *torch_is_wrapped;
+static PyObject *torch_strided, *torch_tensor, *torch_parameter;
+static PyObject *name_layout, *name_is_cpu, *name_shape, *name_dtype;
 
-   private:
-    PyObject* const* next_;
-    PyObject* const* end_;
-    bool short_ = false;
+// The numbers that batches of programs alike in their sizes have in common.
+struct Head {
+    long long is_float, batch, n, n_eq, n_ineq, hold, form;
+    long long step_Q, step_p, step_A, step_b, step_G, step_h, step_lb, step_ub;
+    long long starts[6], apart[6];  // of a factor's parts, in elements
 };
 
-static void read_data(Numbers& in, Data& d) {
-    d.batch = in.number(), d.n = in.number(), d.n_eq = in.number(), d.n_ineq = in.number(), d.hold = in.number();
-    d.form = int(in.number());
-    in.address(d.Q), in.address(d.p), in.address(d.A), in.address(d.b), in.address(d.G), in.address(d.h);
-    in.address(d.lb), in.address(d.ub);
-    d.step_Q = in.number(), d.step_p = in.number(), d.step_A = in.number();
-    d.step_b = in.number(), d.step_G = in.number(), d.step_h = in.number();
-    d.step_lb = in.number(), d.step_ub = in.number();
+static bool read_head(PyObject* bytes, Head& head, Data& d) {
+    if (!PyBytes_Check(bytes) || PyBytes_GET_SIZE(bytes) != sizeof head) {
+        PyErr_SetString(PyExc_TypeError, "not a head of numbers");
+        return false;
+    }
+    std::memcpy(&head, PyBytes_AS_STRING(bytes), sizeof head);
+    d = {};
+    d.batch = head.batch, d.n = head.n, d.n_eq = head.n_eq, d.n_ineq = head.n_ineq;
+    d.hold = head.hold, d.form = int(head.form);
+    d.step_Q = head.step_Q, d.step_p = head.step_p, d.step_A = head.step_A, d.step_b = head.step_b;
+    d.step_G = head.step_G, d.step_h = head.step_h, d.step_lb = head.step_lb, d.step_ub = head.step_ub;
+    return true;
+}
+
+// Tensors one after the other, of which those that are None have no address.
+class Tensors {
+   public:
+    Tensors(PyObject* given, Py_ssize_t count) {
+        if (PyTuple_Check(given) && PyTuple_GET_SIZE(given) == count)
+            next_ = &PyTuple_GET_ITEM(given, 0);
+        else if (fine_ = false, !PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "wrong number of tensors");
+    }
+    explicit Tensors(PyObject** first) : next_(first) {}
+    template <class P>
+    void address(P& to) {
+        to = nullptr;
+        if (!fine_) return;
+        PyObject* const tensor = *next_++;
+        if (!tensor || tensor == Py_None) return;
+        PyObject* const number = PyObject_Vectorcall(torch_data_ptr, &tensor, 1, nullptr);
+        if (number) to = reinterpret_cast<P>(PyLong_AsVoidPtr(number));
+        Py_XDECREF(number);
+        if (!to && PyErr_Occurred()) fine_ = false;
+    }
+    bool fine() const { return fine_; }
+
+   private:
+    PyObject** next_ = nullptr;
+    bool fine_ = true;
+};
+
+// Whether a function of a tensor says so; -1 where it fails.
+static int says(PyObject* function, PyObject* tensor) {
+    PyObject* const answer = PyObject_Vectorcall(function, &tensor, 1, nullptr);
+    const int yes = answer ? PyObject_IsTrue(answer) : -1;
+    Py_XDECREF(answer);
+    return yes;
+}
+
+// 1 for an ordinary tensor, whose numbers lie in the processor's memory as they are; 0 for others; -1 for a failure.
+static int ordinary(PyObject* tensor) {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    if (type != torch_tensor && type != torch_parameter) return 0;
+    PyObject* const layout = PyObject_GetAttr(tensor, name_layout);
+    Py_XDECREF(layout);  // somebody else holds it too
+    if (layout != torch_strided) return layout ? 0 : -1;
+    PyObject* const is_cpu = PyObject_GetAttr(tensor, name_is_cpu);
+    Py_XDECREF(is_cpu);
+    if (is_cpu != Py_True) return is_cpu ? 0 : -1;
+    const int negated = says(torch_is_neg, tensor);
+    if (negated) return negated < 0 ? -1 : 0;
+    const int wrapped = says(torch_is_wrapped, tensor);
+    return wrapped < 0 ? -1 : !wrapped;
+}
+
+// 1 where none of the first tensors has gaps, 0 where one has, -1 where the question failed.
+static int gapless(PyObject* tensors, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count && i < PyTuple_GET_SIZE(tensors); ++i) {
+        PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
+        if (tensor == Py_None) continue;
+        const int yes = says(torch_is_contiguous, tensor);
+        if (yes != 1) return yes;
+    }
+    return 1;
+}
+
+// A row of new tensors, or None, each in a room: what `torch_empty` is called with.
+class Made {
+   public:
+    explicit Made(Py_ssize_t count) : row_(PyTuple_New(count)) {}
+    ~Made() { Py_XDECREF(row_); }
+    bool add(PyObject* room) {
+        PyObject* const tensor = !row_ ? nullptr : room == Py_None ? Py_NewRef(Py_None) : PyObject_Call(torch_empty, room, nullptr);
+        if (!tensor) return false;
+        PyTuple_SET_ITEM(row_, filled_++, tensor);
+        return true;
+    }
+    PyObject* row() const { return row_; }
+
+   private:
+    PyObject* row_;
+    Py_ssize_t filled_ = 0;
+};
+
+// The parts of a factor that lie one behind the other.
+template <class Task, class Number>
+static void take_apart(Task& task, Number* memory, const long long* starts) {
+    task.chol_q = memory + starts[0], task.chol_eq = memory + starts[1], task.across = memory + starts[2];
+    task.chol_ineq = memory + starts[3], task.scale = memory + starts[4], task.active = memory + starts[5];
 }
 
 static bool finish(Work Width::*what, const void* task, const Data& data, int threads) {
@@ -282,69 +360,180 @@ static void take_large_pages(void* start, long count, long size) {
 #endif
 }
 
+// (head, threads, tol, max_iter, start, (Q, p, A, b, G, h, lb, ub), rooms) to (number, tensors), the tensors being z, ν,
+// λ, s, value, residual, condition, the factor, iterations, weak, settled; the bounds' dual and what pulls, where there
+// are bounds; and zeros, as many as there are rooms for: one number a program in bytes, then as b, as h and twice as z.
+// None where the data has gaps.
 static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    Numbers in(arguments, count);
+    Head head;
     Solve task;
-    const bool is_float = in.number() != 0;
-    const int threads = int(in.number());
-    read_data(in, task.data);
-    in.address(task.start);
-    task.tol = in.real();
-    task.max_iter = in.number();
-    in.address(task.z), in.address(task.nu), in.address(task.lam), in.address(task.bound), in.address(task.s);
-    in.address(task.value), in.address(task.pull_lb), in.address(task.pull_ub);
-    in.address(task.residual), in.address(task.condition);
-    in.address(task.chol_q), in.address(task.chol_eq), in.address(task.across), in.address(task.chol_ineq);
-    in.address(task.scale), in.address(task.active);
-    in.address(task.iterations), in.address(task.weak), in.address(task.settled);
-    if (!in.fine()) return nullptr;
+    Data& d = task.data;
+    if (count != 7 || !PyTuple_Check(arguments[5]) || !PyTuple_Check(arguments[6])) {
+        PyErr_SetString(PyExc_TypeError, "wrong number of arguments, or kind of one");
+        return nullptr;
+    }
+    if (!read_head(arguments[0], head, d)) return nullptr;
+    const int threads = int(PyLong_AsLong(arguments[1]));
+    task.tol = PyFloat_AsDouble(arguments[2]);
+    task.max_iter = PyLong_AsLong(arguments[3]);
+    if (PyErr_Occurred()) return nullptr;
+    const int whole = gapless(arguments[5], 8);
+    if (whole < 0) return nullptr;
+    if (!whole) Py_RETURN_NONE;
+    Tensors data(arguments[5], 8);
+    data.address(d.Q), data.address(d.p), data.address(d.A), data.address(d.b), data.address(d.G), data.address(d.h);
+    data.address(d.lb), data.address(d.ub);
+    PyObject* begin = arguments[4];
+    Tensors start(&begin);
+    start.address(task.start);
+    const Py_ssize_t rooms = PyTuple_GET_SIZE(arguments[6]), bounds = d.form == BOUNDED ? 3 : 0, fixed = 11 + bounds;
+    if (!data.fine() || !start.fine()) return nullptr;
+    Made made(rooms);
+    for (Py_ssize_t i = 0; i < rooms; ++i)
+        if (!made.add(PyTuple_GET_ITEM(arguments[6], i))) return nullptr;
+    Tensors to(made.row(), rooms < fixed ? fixed : rooms);
+    to.address(task.z), to.address(task.nu), to.address(task.lam), to.address(task.s), to.address(task.value);
+    to.address(task.residual), to.address(task.condition);
+    double* memory;
+    to.address(memory);
+    to.address(task.iterations), to.address(task.weak), to.address(task.settled);
+    task.bound = task.pull_lb = task.pull_ub = nullptr;
+    if (bounds) to.address(task.bound), to.address(task.pull_lb), to.address(task.pull_ub);
+    const bool is_float = head.is_float;
+    const size_t number = is_float ? sizeof(float) : sizeof(double);
+    const size_t zeros[5] = {1, number * d.n_eq, number * d.n_ineq, number * d.n, number * d.n};
+    for (Py_ssize_t i = fixed; i < rooms && i < fixed + 5; ++i) {
+        char* zero;
+        to.address(zero);
+        if (zero) std::memset(zero, 0, d.batch * zeros[i - fixed]);
+    }
+    if (!to.fine()) return nullptr;
+    take_apart(task, memory, head.starts);
     const long batch = task.data.batch;
     for (long b = 0; b < batch; ++b) task.settled[b] = 0;
-    const Data& d = task.data;
     if (d.step_Q) take_large_pages(task.chol_q, batch * d.n * d.n, sizeof(double));
     take_large_pages(task.chol_ineq, batch * d.hold * d.hold, sizeof(double));
     if (!finish(is_float ? &Width::solve_float : &Width::solve_double, &task, task.data, threads)) return nullptr;
     long settled = 0;
     for (long b = 0; b < batch; ++b) settled += task.settled[b] && !task.weak[b];  // which another look may undo
-    return PyLong_FromLong(settled);
+    return Py_BuildValue("(lO)", settled, made.row());
 }
 
+// (head, threads, (Q, A, G, z, ν, λ, pull_ub, the factor's memory), (g_z, g_ν, g_λ, g_bound), their steps, (degenerate,
+// converged), the factor's parts or None, rooms) to the tensors v_z, v_ν, v_λ, d_Q, d_A, d_G, d_p, d_lb, d_ub, those
+// without a room being None. False where a problem does not allow it, None where the first eight have gaps. Gradients g
+// that are None are zero; without `degenerate` and `converged` all problems are known to allow it.
 static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    Numbers in(arguments, count);
+    Head head;
     Adjoint task;
-    const bool is_float = in.number() != 0;
-    const int threads = int(in.number());
-    read_data(in, task.data);
-    in.address(task.chol_q), in.address(task.chol_eq), in.address(task.across), in.address(task.chol_ineq);
-    in.address(task.scale), in.address(task.active);
-    task.step_chol_q = in.number(), task.step_chol_eq = in.number(), task.step_across = in.number();
-    task.step_scale = in.number();
-    in.address(task.z), in.address(task.nu), in.address(task.lam), in.address(task.pull_ub);
-    in.address(task.g_z), in.address(task.g_nu), in.address(task.g_lam), in.address(task.g_bound);
-    task.step_g_z = in.number(), task.step_g_nu = in.number(), task.step_g_lam = in.number();
-    task.step_g_bound = in.number();
-    in.address(task.v_z), in.address(task.v_nu), in.address(task.v_lam);
-    in.address(task.d_Q), in.address(task.d_A), in.address(task.d_G), in.address(task.d_p);
-    in.address(task.d_lb), in.address(task.d_ub);
+    if (count != 8 || !PyTuple_Check(arguments[2]) || !PyTuple_Check(arguments[7]) || PyTuple_GET_SIZE(arguments[7]) != 9) {
+        PyErr_SetString(PyExc_TypeError, "wrong number of arguments, or kind of one");
+        return nullptr;
+    }
+    if (!read_head(arguments[0], head, task.data)) return nullptr;
+    const bool is_float = head.is_float;
+    const int threads = int(PyLong_AsLong(arguments[1]));
+    const int whole = gapless(arguments[2], 8);
+    if (whole < 0) return nullptr;
+    if (!whole) Py_RETURN_NONE;
+    Tensors data(arguments[2], 8), right(arguments[3], 4), state(arguments[5], 2);
+    data.address(task.data.Q), data.address(task.data.A), data.address(task.data.G);
+    data.address(task.z), data.address(task.nu), data.address(task.lam), data.address(task.pull_ub);
+    const double* memory;
+    data.address(memory);
+    right.address(task.g_z), right.address(task.g_nu), right.address(task.g_lam), right.address(task.g_bound);
     const signed char* degenerate;
     const unsigned char* converged;
-    in.address(degenerate), in.address(converged);
-    if (!in.fine()) return nullptr;
+    state.address(degenerate), state.address(converged);
+    if (!data.fine() || !right.fine() || !state.fine()) return nullptr;
+    if (!PyArg_ParseTuple(arguments[4], "llll", &task.step_g_z, &task.step_g_nu, &task.step_g_lam, &task.step_g_bound))
+        return nullptr;
+    if (arguments[6] == Py_None) {
+        take_apart(task, memory, head.starts);
+    } else {
+        Tensors parts(arguments[6], 6);
+        parts.address(task.chol_q), parts.address(task.chol_eq), parts.address(task.across);
+        parts.address(task.chol_ineq), parts.address(task.scale), parts.address(task.active);
+        if (!parts.fine()) return nullptr;
+    }
+    const long long* apart = head.apart;
+    task.step_chol_q = apart[0], task.step_chol_eq = apart[1], task.step_across = apart[2], task.step_scale = apart[4];
     const long batch = task.data.batch;
     for (long b = 0; b < batch; ++b)
-        if (degenerate[b] || !converged[b]) Py_RETURN_FALSE;
+        if ((degenerate && degenerate[b]) || (converged && !converged[b])) Py_RETURN_FALSE;
+    Made made(9);
+    for (Py_ssize_t i = 0; i < 9; ++i)
+        if (!made.add(PyTuple_GET_ITEM(arguments[7], i))) return nullptr;
+    Tensors to(made.row(), 9);
+    to.address(task.v_z), to.address(task.v_nu), to.address(task.v_lam);
+    to.address(task.d_Q), to.address(task.d_A), to.address(task.d_G), to.address(task.d_p);
+    to.address(task.d_lb), to.address(task.d_ub);
+    if (!to.fine()) return nullptr;
     const Data& d = task.data;
     const long size = is_float ? sizeof(float) : sizeof(double);
     take_large_pages(task.d_Q, batch * d.n * d.n, size);
     take_large_pages(task.d_A, batch * d.n_eq * d.n, size);
     take_large_pages(task.d_G, batch * d.n_ineq * d.n, size);
     if (!finish(is_float ? &Width::adjoint_float : &Width::adjoint_double, &task, task.data, threads)) return nullptr;
+    return Py_NewRef(made.row());
+}
+
+// Of tensors, or None, in a tuple: their shapes and dtypes in one row; None where one is no ordinary tensor.
+static PyObject* structure(PyObject*, PyObject* tensors) {
+    if (!PyTuple_Check(tensors)) {
+        PyErr_SetString(PyExc_TypeError, "not a tuple of tensors");
+        return nullptr;
+    }
+    const Py_ssize_t count = PyTuple_GET_SIZE(tensors);
+    PyObject* const row = PyTuple_New(2 * count);
+    for (Py_ssize_t i = 0; row && i < count; ++i) {
+        PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
+        const bool none = tensor == Py_None;
+        const int fine = none ? 1 : ordinary(tensor);
+        PyObject* const shape = fine != 1 ? nullptr : none ? Py_NewRef(Py_None) : PyObject_GetAttr(tensor, name_shape);
+        PyObject* const dtype = !shape ? nullptr : none ? Py_NewRef(Py_None) : PyObject_GetAttr(tensor, name_dtype);
+        PyTuple_SET_ITEM(row, 2 * i, shape);
+        PyTuple_SET_ITEM(row, 2 * i + 1, dtype);
+        if (!dtype) {
+            Py_DECREF(row);
+            if (fine == 0) Py_RETURN_NONE;
+            return nullptr;
+        }
+    }
+    return row;
+}
+
+// Whether all tensors of a tuple are ordinary ones, or None.
+static PyObject* all_ordinary(PyObject*, PyObject* tensors) {
+    for (Py_ssize_t i = 0; PyTuple_Check(tensors) && i < PyTuple_GET_SIZE(tensors); ++i) {
+        PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
+        const int fine = tensor == Py_None ? 1 : ordinary(tensor);
+        if (fine < 0) return nullptr;
+        if (!fine) Py_RETURN_FALSE;
+    }
     Py_RETURN_TRUE;
+}
+
+static PyObject* prepare(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    PyObject** const kept[] = {&torch_empty,      &torch_data_ptr, &torch_is_contiguous, &torch_is_neg,
+                               &torch_is_wrapped, &torch_strided,  &torch_tensor,        &torch_parameter};
+    const Py_ssize_t expected = sizeof kept / sizeof *kept;
+    if (count != expected) {
+        PyErr_SetString(PyExc_TypeError, "wrong number of arguments, or kind of one");
+        return nullptr;
+    }
+    for (Py_ssize_t i = 0; i < count; ++i) *kept[i] = Py_NewRef(arguments[i]);
+    name_layout = PyUnicode_InternFromString("layout"), name_is_cpu = PyUnicode_InternFromString("is_cpu");
+    name_shape = PyUnicode_InternFromString("shape"), name_dtype = PyUnicode_InternFromString("dtype");
+    Py_RETURN_NONE;
 }
 
 static PyObject* describe(PyObject*, PyObject*) { return Py_BuildValue("(si)", KERNEL.name, KERNEL.together.lanes); }
 
 static PyMethodDef METHODS[] = {
+    {"structure", structure, METH_O, nullptr},
+    {"ordinary", all_ordinary, METH_O, nullptr},
+    {"prepare", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)), METH_FASTCALL, nullptr},
     {"solve", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(solve)), METH_FASTCALL, nullptr},
     {"adjoint", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(adjoint)), METH_FASTCALL, nullptr},
     {"describe", describe, METH_NOARGS, nullptr},

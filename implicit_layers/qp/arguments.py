@@ -48,6 +48,7 @@ class Door(NamedTuple):
     batch: torch.Size
     checked: bool  # whether the values were looked at
     plain: bool  # whether that was left to the compiled kernel, because all tensors are plain ones
+    structure: compiled.Structure | None = None  # of plain ones that have come through before, and if contiguous
 
 
 def at_the_door(
@@ -69,11 +70,13 @@ def at_the_door(
     come through in that way before are known to fit, and not looked at one by one again.
     """
     given = (Q, p, A, b, G, h, lb, ub)
-    later = later and checks.plain(*(t for t in given if t is not None))
-    key = _structure(given) if later else None
-    known = None if key is None else _known.get(key)
-    if known is not None:
-        return Door(_formed(known, given), known.batch, False, True)
+    key = None
+    if later:
+        key = compiled.sizes_and_dtypes(given)
+        known = _known.get(key)
+        if known is not None:
+            return Door(_formed(known, given), known.batch, False, True, known.structure)
+        later = key is not None
     checks.paired("solve_qp", A, b, G, h)
     optional = {"A": A, "b": b, "G": G, "h": h, "lb": lb, "ub": ub}
     tensors = {"Q": Q, "p": p} | {name: tensor for name, tensor in optional.items() if tensor is not None}
@@ -102,7 +105,7 @@ def at_the_door(
     arguments = (Q, p, A, b, G, h, tensors.get("lb"), tensors.get("ub"))
     forms = (None if t is None else uniform(t, k, batch) for t, k in zip(arguments, EVENT_NDIM, strict=True))
     program = Program(*forms)  # type: ignore[arg-type]
-    if later and key is not None:
+    if later and key is not None and batch.numel() and all(t.dtype == dtype for t in given if t is not None):
         _remember(key, given, program, batch)
     return Door(program, batch, checked, later)
 
@@ -113,23 +116,11 @@ class _Known(NamedTuple):
     batch: torch.Size
     changed: tuple[int, ...]  # arguments that are given without the dimensions of the batch
     absent: tuple[tuple[int, torch.Size], ...]  # constraints that are not given, with the shape of having no rows
+    structure: compiled.Structure  # of contiguous ones
 
 
 _MOST_KNOWN = 256
-_known: dict[tuple[object, ...], _Known] = {}
-
-
-def _structure(given: Sequence[Tensor | None]) -> tuple[object, ...] | None:
-    """Everything that the checks look at but values; None where that is not all that counts."""
-    parts: list[object] = []
-    for t in given:
-        if t is None:
-            parts.append(None)
-        elif t.is_cpu and t.dtype in _FINE_ENOUGH:
-            parts += (t.shape, t.dtype)
-        else:
-            return None
-    return tuple(parts)
+_known: dict[tuple[object, ...] | None, _Known] = {}
 
 
 def _remember(key: tuple[object, ...], given: Sequence[Tensor | None], program: Program, batch: torch.Size) -> None:
@@ -139,7 +130,7 @@ def _remember(key: tuple[object, ...], given: Sequence[Tensor | None], program: 
     absent = tuple((i, new.shape) for i, old, new in pairs if old is None)
     if len(_known) >= _MOST_KNOWN:
         _known.clear()
-    _known[key] = _Known(batch, changed, absent)
+    _known[key] = _Known(batch, changed, absent, compiled.structure(batch, program))
 
 
 def _formed(known: _Known, given: Sequence[Tensor | None]) -> Program:

@@ -27,7 +27,7 @@ from torch import Tensor
 from implicit_layers import checks, transforms
 from implicit_layers.errors import UnsupportedError
 from implicit_layers.kkt import quadratic
-from implicit_layers.legacy_vmap import modernised
+from implicit_layers.legacy_vmap import level, modernised
 from implicit_layers.qp import operators, value
 from implicit_layers.qp.arguments import EVENT_NDIM, Program
 from implicit_layers.qp.run import (
@@ -206,46 +206,76 @@ class _QP(_ReverseQP):
 
 
 class _SettledQP(torch.autograd.Function):
-    """What the kernel has settled, attached to plain data: (Q, p, A, b, G, h) to (z, ν, λ, s, value), in reverse mode.
+    """What the kernel has settled, attached to plain data: (Q, p, A, b, G, h, lb, ub) to (z, ν, λ, s, value) and, with
+    bounds, their dual, in reverse mode.
 
     The rest of what is settled needs no derivative, so autograd does not have to know of it.
     """
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, settled: compiled.Settled, *data: Tensor) -> tuple[Tensor, ...]:
-        Q, _, A, _, G, _ = data
-        point = settled.z, settled.nu, settled.lam
-        ctx.settings, ctx.shapes = settings, [x.shape for x in data]
+    def forward(ctx: Any, settings: Settings, settled: compiled.Settled, *data: Tensor | None) -> tuple[Tensor, ...]:
+        z, nu, lam, bound, s, value, pull_lb, pull_ub, (memory, structure), *_ = settled
+        ctx.settings, ctx.structure = settings, structure
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(Q, A, G, *point, settled.weak, settled.done, *settled.factor)
-        return *point, settled.s, settled.value
+        if bound is None:
+            ctx.save_for_backward(data[0], data[2], data[4], z, nu, lam, memory)
+            return z, nu, lam, s, value
+        ctx.save_for_backward(data[0], data[2], data[4], z, nu, lam, memory, bound, pull_lb, pull_ub)
+        return z, nu, lam, s, value, bound
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        settings, needs, shapes = ctx.settings, (*ctx.needs_input_grad[2:], False, False), (*ctx.shapes, None, None)
+    def backward(
+        ctx: Any,
+        g_z: Tensor | None,
+        g_nu: Tensor | None,
+        g_lam: Tensor | None,
+        g_s: Tensor | None,
+        g_value: Tensor | None,
+        g_bound: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        settings, structure, needs = ctx.settings, ctx.structure, (*ctx.needs_input_grad[2:], False, False)
+        saved, grads = ctx.saved_tensors, (g_z, g_nu, g_lam, g_bound)
+        if g_s is None and g_value is None and compiled.ordinary((*saved, *grads)) and _once():
+            Q, A, G, z, nu, lam, memory, *of_bounds = saved
+            matrices, point = (Q, A, G), (z, nu, lam)
+            which = (needs[0], needs[2], needs[4], needs[1], needs[6], needs[7])
+            packed, pull_ub = compiled.Packed(memory, structure), of_bounds[2] if of_bounds else None
+            solved = compiled.adjoint(structure.batch, matrices, point, grads, packed, None, None, which, pull_ub)
+            if solved is not None:
+                shapes = None if structure.alone else structure.shapes
+                return None, None, *_collected(solved, matrices, point, needs, shapes)[: len(needs) - 2]
 
         def work(*tensors: Any) -> Sequence[Tensor | None]:
-            Q, A, G, z, nu, lam, weak, done, *factor, g_z, g_nu, g_lam, g_s, g_value = tensors
-            outcome = _settled_before(z, nu, lam, weak, done, tuple(factor))
-            given = (g_z, g_nu, g_lam, None, g_s, g_value)
-            return _gradients(settings, (Q, A, G), (z, nu, lam), outcome, given, needs, shapes)
+            Q, A, G, z, nu, lam, memory, *of_bounds = tensors[:-6]
+            outcome = _settled_before(z, nu, lam, of_bounds, tuple(compiled.Packed(memory, structure).factor()))
+            return _gradients(settings, (Q, A, G), (z, nu, lam), outcome, tensors[-6:], needs, structure.shapes)
 
-        return None, None, *modernised(work, (*ctx.saved_tensors, *grads))[:6]
+        return None, None, *modernised(work, (*saved, *grads, g_s, g_value))[: len(needs) - 2]
+
+
+def _once() -> bool:
+    """Whether nobody differentiates what is computed now, nor maps over it."""
+    return not torch.is_grad_enabled() and not transforms.at_work() and level() == 0
 
 
 def _settled_before(
-    z: Tensor, nu: Tensor, lam: Tensor, weak: Tensor, done: Tensor, factor: tuple[Tensor, ...]
+    z: Tensor, nu: Tensor, lam: Tensor, of_bounds: Sequence[Tensor], factor: tuple[Tensor, ...]
 ) -> Outcome:
-    """As much of an outcome as a backward pass reads, of programs without bounds."""
-    no_bound, unread = z.new_empty(*z.shape[:-1], 0), done
-    of_info = (weak, unread, unread, done, unread, unread)
-    return Outcome(z, nu, lam, no_bound, unread, unread, no_bound, no_bound, *of_info, (), factor)
+    """As much of an outcome as a backward pass reads; all have converged, and nothing is degenerate."""
+    no_bound = z.new_empty(*z.shape[:-1], 0)
+    bound, pull_lb, pull_ub = of_bounds or (no_bound,) * 3
+    nothing = torch.zeros_like(z[..., 0], dtype=torch.int8)
+    of_info = (nothing, nothing, nothing, torch.ones_like(nothing, dtype=torch.bool), nothing, nothing)
+    return Outcome(z, nu, lam, bound, nothing, nothing, pull_lb, pull_ub, *of_info, (), factor)
 
 
-def attached(settings: Settings, settled: compiled.Settled, program: Program) -> tuple[Tensor, ...]:
-    """Give z, ν, λ, s and value of settled programs, all of plain data and without bounds, their derivatives."""
-    outputs: tuple[Tensor, ...] = transforms.apply(_SettledQP, settings, settled, *program[:6], plain=True)
-    return outputs
+def attached(
+    settings: Settings, settled: compiled.Settled, program: Program
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Give z, ν, λ, s, value and the dual of the bounds of settled programs, all of plain data, their derivatives."""
+    data = program[:6] if settled.bound is None else program
+    outputs = transforms.apply(_SettledQP, settings, settled, *data, plain=True)
+    return outputs if len(outputs) == 6 else (*outputs, None)
 
 
 def differentiable(settings: Settings, program: Program) -> Outcome:
@@ -343,18 +373,31 @@ def _solved_by_the_kernel(
     )
     if adjoint is None:
         return None
-    (v_z, v_nu, v_lam), (grad_Q, grad_A, grad_G, grad_p, grad_lb, grad_ub) = adjoint
-    own = [grad_Q, grad_A, grad_G]
-    shared = [need and grad is None for need, grad in zip(which, own, strict=True)]
+    return _collected(adjoint, matrices, (z, nu, lam), needs, shapes)
+
+
+def _collected(
+    solved: tuple[tuple[Tensor, Tensor, Tensor], list[Tensor | None]],
+    matrices: tuple[Tensor, Tensor, Tensor],
+    point: tuple[Tensor, Tensor, Tensor],
+    needs: Sequence[bool],
+    shapes: Sequence[torch.Size] | None,
+) -> list[Tensor | None]:
+    """The gradients of all data from what `compiled.adjoint` returns; without shapes nothing is shared by the batch."""
+    (v_z, v_nu, v_lam), (grad_Q, grad_A, grad_G, grad_p, grad_lb, grad_ub) = solved
+    grad_b, grad_h = v_nu if needs[3] else None, v_lam if needs[5] else None
+    gradients = [grad_Q, grad_p, grad_A, grad_b, grad_G, grad_h, grad_lb, grad_ub]
+    if shapes is None:
+        return gradients
+    shared = [needs[i] and gradients[i] is None for i in (0, 2, 4)]
     if any(shared):
-        summed = _matrix_gradients((v_z, v_nu, v_lam), (z, nu, lam), shared, matrices)
-        own = [grad if new is None else new for grad, new in zip(own, summed, strict=True)]
-    vectors = ((1, grad_p), (3, v_nu), (5, v_lam), (6, grad_lb), (7, grad_ub))
-    grad_p, grad_b, grad_h, grad_lb, grad_ub = (
-        _summed(vector, shapes[i]) if needs[i] and vector is not None else None for i, vector in vectors
-    )
-    grad_Q, grad_A, grad_G = own
-    return [grad_Q, grad_p, grad_A, grad_b, grad_G, grad_h, grad_lb, grad_ub]
+        summed = _matrix_gradients((v_z, v_nu, v_lam), point, shared, matrices)
+        for i, new in zip((0, 2, 4), summed, strict=True):
+            gradients[i] = gradients[i] if new is None else new
+    for i in (1, 3, 5, 6, 7):
+        vector = gradients[i]
+        gradients[i] = None if vector is None else _summed(vector, shapes[i])
+    return gradients
 
 
 def _summed(vector: Tensor, shape: torch.Size) -> Tensor:

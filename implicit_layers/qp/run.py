@@ -178,7 +178,13 @@ def run(settings: Settings, *tensors: Tensor | None, factor: bool = True) -> Out
     return outcome
 
 
-def settled_by_the_kernel(settings: Settings, program: Program, batch: torch.Size) -> compiled.Settled | None:
+def settled_by_the_kernel(
+    settings: Settings,
+    program: Program,
+    batch: torch.Size,
+    structure: compiled.Structure | None = None,
+    zeros: bool = False,
+) -> compiled.Settled | None:
     """What the compiled kernel can do, where it is wanted and may be used; NaN and infinities it leaves alone."""
     Q, p, A, b, G, h, lb, ub = program
     solver, dtype = settings.solver, p.dtype
@@ -188,16 +194,16 @@ def settled_by_the_kernel(settings: Settings, program: Program, batch: torch.Siz
         return None
     if dtype == torch.float32 and solver.precision == "native":
         return None
-    data, bounds = (Q, p, A, b, G, h), [bound for bound in (lb, ub) if bound is not None]
-    if not compiled.fits(Q, A, G, bool(bounds)) or not batch.numel():
-        return None
-    if not (settings.plain or checks.plain(*data, *bounds)):
-        return None
-    begin = settings.begin
-    start = None if begin is None else torch.cat(begin, dim=-1) if bounds else begin.active
-    return compiled.solve(
-        batch, data, bounds=(lb, ub), tol=solver.tolerance(dtype), max_iter=solver.max_iter, start=start
-    )
+    data, bounded = (Q, p, A, b, G, h), lb is not None or ub is not None
+    if structure is None:
+        if not compiled.fits(Q, A, G, bounded) or not batch.numel():
+            return None
+        if not (settings.plain or checks.plain(*(t for t in program if t is not None))):
+            return None
+    begin, tol = settings.begin, solver.tolerance(dtype)
+    start = None if begin is None else torch.cat(begin, dim=-1) if bounded else begin.active
+    options: dict[str, Any] = {"tol": tol, "max_iter": solver.max_iter, "start": start}
+    return compiled.solve(batch, data, bounds=(lb, ub), **options, known=structure, zeros=zeros)
 
 
 def _without_ties(settled: compiled.Settled, program: Program, batch: torch.Size) -> compiled.Settled:

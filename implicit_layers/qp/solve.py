@@ -103,12 +103,12 @@ def solve_qp(
         raise ArgumentTypeError(f"solve_qp: solver must be an InteriorPoint, got {type(solver).__name__}")
     read = solver.check_every > 0
     later = read and solver.backend != "torch"
-    program, batch, checked, plain = at_the_door(Q, p, A, b, G, h, lb, ub, read=read, later=later)
+    program, batch, checked, plain, structure = at_the_door(Q, p, A, b, G, h, lb, ub, read=read, later=later)
     begin = None if warm_start is None else _active_set(warm_start, program, solver)
     smoothing = smoothing if gradient == "smoothed" else 0.0
     settings = Settings(solver, on_failure, gradient, smoothing, checked, begin, plain)
-    if plain and lb is None and ub is None and infeasible != "nearest" and not transforms.at_work():
-        solution, settled = _solve_directly(settings, program, batch)
+    if plain and infeasible != "nearest" and not transforms.at_work():
+        solution, settled = _solve_directly(settings, program, batch, structure)
         if solution is not None:
             return solution
         settings = settings._replace(settled=settled)
@@ -141,25 +141,28 @@ def check_choices(on_failure: str, gradient: str, smoothing: float, infeasible: 
 
 @uncompiled
 def _solve_directly(
-    settings: Settings, program: Program, batch: torch.Size
+    settings: Settings, program: Program, batch: torch.Size, structure: compiled.Structure | None
 ) -> tuple[QPSolution | None, compiled.Settled | None]:
-    """The short way, of plain tensors without bounds that the compiled kernel settles: a small program takes no longer
-    than what is done around it.
+    """The short way, of plain tensors that the compiled kernel settles: a small program takes no longer than what is
+    done around it.
 
     Returns: the solution, None where the kernel left a program; and what it settled.
     """
-    settled = settled_by_the_kernel(settings, program, batch)
+    settled = settled_by_the_kernel(settings, program, batch, structure, zeros=True)
     if settled is None or settled.number != batch.numel():
         return None, settled
-    z, nu, lam, s, value = settled.z, settled.nu, settled.lam, settled.s, settled.value
-    n, n_eq, n_ineq = z.shape[-1], nu.shape[-1], lam.shape[-1]
-    lower, upper = z.new_zeros(*batch, n), z.new_zeros(*batch, n)
-    shift = QPShift(z.new_zeros(*batch, n_eq), z.new_zeros(*batch, n_ineq))
-    status = torch.zeros_like(settled.weak)
-    info = QPInfo(status, settled.done, settled.iterations, settled.residual, settled.weak, settled.condition)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in program[:6]):
-        z, nu, lam, s, value = attached(settings, settled, program)
-    return QPSolution(z, nu, lam, s, info, lower, upper, value, shift), settled
+    z, nu, lam, bound, s, value, _, _, _, weak, condition, iterations, residual, done, _, zeros = settled
+    status, shift_b, shift_h, *of_bounds = zeros
+    info = QPInfo(status, done, iterations, residual, weak, condition)
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in program]):  # noqa: C419  a list is quicker
+        z, nu, lam, s, value, bound = attached(settings, settled, program)
+    lower, upper = of_bounds if bound is None else _sides(bound)
+    return QPSolution(z, nu, lam, s, info, lower, upper, value, QPShift(shift_b, shift_h)), settled
+
+
+def _sides(bound: Tensor) -> tuple[Tensor, Tensor]:
+    """The duals of the lower and the upper bounds, from their difference."""
+    return torch.where(bound < 0, -bound, 0.0), torch.where(bound > 0, bound, 0.0)
 
 
 @uncompiled
@@ -221,8 +224,5 @@ def _solution(outcome: Outcome, shift: QPShift | None) -> QPSolution:
     z, nu, lam, bound, s, value, *_ = outcome
     if shift is None:
         shift = QPShift(torch.zeros_like(nu), torch.zeros_like(lam))
-    if bound.shape[-1]:
-        lower, upper = torch.where(bound < 0, -bound, 0.0), torch.where(bound > 0, bound, 0.0)
-    else:
-        lower, upper = torch.zeros_like(z), torch.zeros_like(z)
+    lower, upper = _sides(bound) if bound.shape[-1] else (torch.zeros_like(z), torch.zeros_like(z))
     return QPSolution(z, nu, lam, s, outcome.info, lower, upper, value, shift)

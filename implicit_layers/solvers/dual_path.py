@@ -24,6 +24,7 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.kkt import quadratic
+from implicit_layers.solvers import dual_search
 from implicit_layers.solvers.active_set import Answers, Program
 
 
@@ -45,6 +46,7 @@ _PHASES = (
     _Phase(1e-12, 1e-11, 1e-12, 4, balanced=False, dependent=True),
     _Phase(1e-15, 1.0, 1e-10, 4, balanced=True, dependent=True),
 )
+_FEW_ROWS = 1.5  # inequality rows for each unknown, up to which a search mostly ends
 _TO_BOUNDARY = 0.995
 _SHORTEST = 1e-8  # a shorter step means that the iteration is stuck
 
@@ -90,6 +92,8 @@ def _solve_inequalities(program: Program, answers: Answers, tol: float, max_iter
         part = program.take(inside)
         left = answers.settle(part, path.index[inside], equalities, equalities, tol=tol, sign_tol=1e-12)
         path.keep(_without(path.index.shape[0], inside, left))
+    if path.index.numel() and path.w.shape[-1] <= _FEW_ROWS * program.Q.shape[-1]:
+        _settle_found(path, answers, tol, max_iter)
     if path.index.numel():
         path.begin()
     for phase in _PHASES:
@@ -119,6 +123,29 @@ def _solve_inequalities(program: Program, answers: Answers, tol: float, max_iter
             path.keep(left)
     if path.index.numel():
         answers.give_up(path.program, path.index, guess, duals, tol=tol)
+
+
+def _settle_found(path: _CentralPath, answers: Answers, tol: float, max_iter: int) -> None:
+    """Search for the active sets from nothing, settle those found and go on with the rest."""
+    first, program, index = _PHASES[0], path.program, path.index
+    held, rounds, ended, made = dual_search.search(path.R, path.w, max_iter)
+    if ended is not None:
+        if not ended.numel():
+            return
+        program, index, held, rounds = program.take(ended), index[ended], held[ended], rounds[ended]
+    guess = path.with_equalities(held)
+    answers.iterations[index] = rounds
+    left = answers.settle(
+        program,
+        index,
+        guess,
+        guess,
+        tol=min(tol, first.tol),
+        sign_tol=first.sign_tol,
+        refine=first.refine,
+        made=made,
+    )
+    path.keep(left if ended is None else _without(path.index.shape[0], ended, left))
 
 
 def _without(count: int, tried: Tensor, left: Tensor) -> Tensor:
@@ -189,9 +216,13 @@ class _CentralPath:
         if not balanced:
             dual_scale, slack_scale = dual_scale.clamp(min=1.0), slack_scale.clamp(min=1.0)
         guess = torch.gt(lam * slack_scale, s * dual_scale).to(lam.dtype)
+        return self.with_equalities(guess)
+
+    def with_equalities(self, held: Tensor) -> Tensor:  # (k, m_ineq) -> (k, m)
+        """Put the equality rows, which are active, before the inequalities."""
         if not self.program.n_eq:
-            return guess
-        return torch.cat([guess.new_ones(guess.shape[0], self.program.n_eq), guess], dim=-1)
+            return held
+        return torch.cat([held.new_ones(held.shape[0], self.program.n_eq), held], dim=-1)
 
     def duals(self) -> Tensor:  # (k, m)
         """Give the duals of all rows, unscaled: ν from the equality rows for the λ at hand."""

@@ -38,6 +38,11 @@ def host_ints(*counts: Tensor) -> list[int]:
     return torch.stack(counts).tolist()
 
 
+def host_list(values: Tensor) -> list[list[float]]:
+    """Read a matrix back from the device."""
+    return values.tolist()
+
+
 def host_float(value: Tensor) -> float:
     """Read one number back from the device."""
     return float(value)

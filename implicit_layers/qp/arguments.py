@@ -47,7 +47,7 @@ class Door(NamedTuple):
     program: Program
     batch: torch.Size
     checked: bool  # whether the values were looked at
-    plain: bool  # whether that was left to the compiled kernel, because all tensors are plain ones
+    plain: bool  # whether all tensors are plain ones; the compiled kernel then looks at their values
 
 
 def at_the_door(
@@ -69,7 +69,8 @@ def at_the_door(
     come through in that way before are known to fit, and not looked at one by one again.
     """
     given = (Q, p, A, b, G, h, lb, ub)
-    later = later and checks.plain(*(t for t in given if t is not None))
+    ordinary = read and checks.plain(*(t for t in given if t is not None))
+    later = later and ordinary
     key = _structure(given) if later else None
     known = None if key is None else _known.get(key)
     if known is not None:
@@ -104,7 +105,7 @@ def at_the_door(
     program = Program(*forms)  # type: ignore[arg-type]
     if later and key is not None:
         _remember(key, given, program, batch)
-    return Door(program, batch, checked, later)
+    return Door(program, batch, checked, ordinary)
 
 
 class _Known(NamedTuple):

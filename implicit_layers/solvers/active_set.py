@@ -335,7 +335,7 @@ class Answers:
         self.status[index] = int(Status.CONVERGED)
 
     def _keep_factor(self, index: Tensor, chol: Tensor, active: Tensor) -> None:
-        """Write down factors on active inequalities, which may be those of all rows, or leave some inactive ones out."""
+        """Write down factors on active inequalities, of all rows or without some inactive ones."""
         batch, n_ineq = self.y.shape[0], self.y.shape[1] - self.chol_eq.shape[-1]
         kept = chol[:0] if self.chol_ineq is None else self.chol_ineq
         if n_ineq in (chol.shape[-1], kept.shape[-1]):

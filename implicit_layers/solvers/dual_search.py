@@ -1,4 +1,4 @@
-r"""The active inequalities of strictly convex programs, from nothing: a set is corrected by its own signs until it stays.
+r"""The active inequalities of strictly convex programs, from nothing: a set is corrected by its signs until it stays.
 
 In the dual form s = R λ + w, holding a set of rows gives λ with s = 0 on them and λ = 0 elsewhere. Its signs give the
 next set: the held rows with a positive dual, and the others with a negative slack. A set that stays is that of the
@@ -22,7 +22,7 @@ from implicit_layers import checks
 from implicit_layers.kkt import quadratic
 
 _ROUNDS = 10
-_PATIENCE = 3  # rounds in which no fewer rows were wrong than before, after which a program is given up
+_PATIENCE = 4  # rounds in which no fewer rows were wrong than before, after which a program is given up
 _STEP = 0.5  # of the projected gradient that gives the first set, for rows of unit length
 _SIGN = 1e-12  # of the largest violation: what is smaller counts as zero, and its row is not held
 _FEW = 0.6  # share of programs at work, below which the others are taken out
@@ -62,69 +62,64 @@ def search(R: Tensor, w: Tensor, most: int) -> Found:
     P.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     x = (_STEP * w).clamp_(max=0.0)
     x = torch.lerp(x, _signs(P, w, x), _STEP).clamp_(max=0.0)
-    held = (_signs(P, w, x) < 0.0).to(w.dtype)
+    held = _signs(P, w, x).lt_(0.0)
     most = min(most, _ROUNDS)
     return _search_one(P, w, held, most) if w.shape[0] == 1 else _search_many(P, w, held, most)
 
 
 def _search_one(P: Tensor, w: Tensor, held: Tensor, most: int) -> Found:
-    """Search for a single program, whose numbers are the host's."""
-    width = checks.host_int(held.sum()) if quadratic.crowded(held) else None
-    least, stale = w.shape[-1] + 1, 0
-    for k in range(most):
-        after, made = _round(P, w, held, width)
-        wrong = checks.host_int((after != held).sum())
-        rounds = torch.full((1,), k + 1, device=w.device)
-        if not wrong:
-            return Found(held, rounds, None, made)
+    """Search for a single program, whose rows the host looks at."""
+    narrow = quadratic.crowded(held)
+    before = checks.host_list(held)
+    least, stale, count, made = len(before[0]) + 1, 0, 0, None
+    while stale < _PATIENCE and count < most:
+        after, made = _round(P, w, held, int(sum(before[0])) if narrow else None)
+        count += 1
+        now = checks.host_list(after)
+        if now == before:
+            return Found(held, torch.full((1,), count, device=w.device), None, made)
+        wrong = sum(a != b for a, b in zip(now[0], before[0], strict=True))
         least, stale = (wrong, 0) if wrong < least else (least, stale + 1)
-        if stale == _PATIENCE:
-            break
-        held = after
-        width = None if width is None else checks.host_int(held.sum())
+        held, before = after, now
+    rounds = torch.full((1,), count, device=w.device)
     return Found(held, rounds, rounds[:0], None)
 
 
 def _search_many(P: Tensor, w: Tensor, held: Tensor, most: int) -> Found:
     """Search for a batch, in which those at work go on alone once the others are many."""
     none = torch.zeros(w.shape[0], dtype=torch.int64, device=w.device)
-    work, all_held, all_rounds, all_ended = (
-        _Work(P, w, held, none, none + (w.shape[-1] + 1), none),
-        held,
-        none,
-        none > 0,
-    )
+    work = _Work(P, w, held, none, none + (w.shape[-1] + 1), none)
+    all_held, all_rounds, all_ended = held, none, none > 0
     every: Tensor | None = None  # the positions of those at work; None: all of them
     width = checks.host_int(held.sum(-1).amax()) if quadratic.crowded(held) else None
-    for k in range(most):
+    for k in range(1, most + 1):
         P, w, held, rounds, least, stale = work
         after, made = _round(P, w, held, width)
         wrong = (after != held).sum(-1)
-        rounds = rounds.add(wrong > 0) if k else rounds + 1
+        rounds = rounds + 1 if k == 1 else rounds + (wrong > 0)
         stale = torch.where(wrong < least, 0, stale + 1)
-        going = torch.gt(wrong, 0) & (stale < _PATIENCE)
+        going = torch.gt(wrong > 0, stale >= _PATIENCE)
         if width is None:
             at_work = checks.host_int(going.sum())
         else:
             at_work, width = checks.host_ints(going.sum(), after.sum(-1).amax().to(torch.int64))
-        over = not at_work or k + 1 == most
-        if over or at_work <= _FEW * wrong.shape[0]:
-            ended = wrong == 0
+        over, few = at_work == 0 or k == most, at_work <= _FEW * wrong.shape[0]
+        if over or few:
             if every is None:
-                all_held, all_rounds, all_ended = held, rounds, ended
+                all_held, all_rounds, all_ended = held, rounds, wrong == 0
             else:
-                all_held[every], all_rounds[every], all_ended[every] = held, rounds, ended
-            if over:
-                break
+                all_held[every], all_rounds[every], all_ended[every] = held, rounds, wrong == 0
+        if over:
+            break
         work = _Work(P, w, after, rounds, torch.minimum(least, wrong), stale)
-        if at_work <= _FEW * wrong.shape[0]:
+        if few:
             pick = going.nonzero().squeeze(-1)
             every = pick if every is None else every[pick]
             work = work.take(pick)
-            width = None if width is None or not quadratic.crowded(work.held) else width
-    positions = all_ended.nonzero().squeeze(-1)
-    whole = positions.shape[0] == all_ended.shape[0]
-    return Found(all_held, all_rounds, None if whole else positions, made if every is None and whole else None)
+            width = width if quadratic.crowded(work.held) else None
+    ended = all_ended.nonzero().squeeze(-1)
+    whole = ended.shape[0] == all_ended.shape[0]
+    return Found(all_held, all_rounds, None if whole else ended, made if whole and every is None else None)
 
 
 def _round(P: Tensor, w: Tensor, held: Tensor, width: int | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -136,16 +131,15 @@ def _round(P: Tensor, w: Tensor, held: Tensor, width: int | None) -> tuple[Tenso
         matrix = P * held.unsqueeze(-2)
         matrix.mul_(held.unsqueeze(-1)).diagonal(dim1=-2, dim2=-1).add_(1.0)
         made = torch.linalg.cholesky_ex(matrix)
-        x = quadratic.cholesky_solve(made[0], held * w)
-    else:
-        rows = held.topk(max(width, 1), dim=-1, sorted=False).indices
-        there = held.gather(-1, rows)
-        matrix = quadratic.block(P, rows).mul_(there.unsqueeze(-2))
-        matrix.mul_(there.unsqueeze(-1)).diagonal(dim1=-2, dim2=-1).add_(1.0)
-        chol, _ = torch.linalg.cholesky_ex(matrix)
-        x = torch.zeros_like(w).scatter_(-1, rows, quadratic.cholesky_solve(chol, there * w.gather(-1, rows)))
-        made = None
-    return (_signs(P, w, x) < -_SIGN).to(w.dtype), made
+        x = torch.cholesky_solve((held * w).unsqueeze(-1), made[0]).squeeze(-1)
+        return _signs(P, w, x).lt_(-_SIGN), made
+    rows = held.topk(max(width, 1), dim=-1, sorted=False).indices
+    there = held.gather(-1, rows)
+    matrix = quadratic.block(P, rows).mul_(there.unsqueeze(-2))
+    matrix.mul_(there.unsqueeze(-1)).diagonal(dim1=-2, dim2=-1).add_(1.0)
+    chol, _ = torch.linalg.cholesky_ex(matrix)
+    x = torch.zeros_like(w).scatter_(-1, rows, quadratic.cholesky_solve(chol, there * w.gather(-1, rows)))
+    return _signs(P, w, x).lt_(-_SIGN), None
 
 
 def _signs(P: Tensor, w: Tensor, x: Tensor) -> Tensor:  # (k or 1, m, m), (k, m) x 2 -> (k, m)

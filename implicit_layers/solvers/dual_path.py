@@ -86,14 +86,16 @@ def _solve_inequalities(program: Program, answers: Answers, tol: float, max_iter
         )
         path.keep(left)
         program = path.program
+    if path.index.numel() and path.w.shape[-1] <= _FEW_ROWS * program.Q.shape[-1]:
+        _settle_found(path, answers, tol, max_iter)
+        if not path.index.numel():
+            return
     inside = path.inside[path.index].nonzero().squeeze(-1)
     if inside.numel():
         equalities = path.equality.expand(inside.shape[0], -1)
-        part = program.take(inside)
+        part = path.program.take(inside)
         left = answers.settle(part, path.index[inside], equalities, equalities, tol=tol, sign_tol=1e-12)
         path.keep(_without(path.index.shape[0], inside, left))
-    if path.index.numel() and path.w.shape[-1] <= _FEW_ROWS * program.Q.shape[-1]:
-        _settle_found(path, answers, tol, max_iter)
     if path.index.numel():
         path.begin()
     for phase in _PHASES:
@@ -129,6 +131,7 @@ def _settle_found(path: _CentralPath, answers: Answers, tol: float, max_iter: in
     """Search for the active sets from nothing, settle those found and go on with the rest."""
     first, program, index = _PHASES[0], path.program, path.index
     held, rounds, ended, made = dual_search.search(path.R, path.w, max_iter)
+    rounds = rounds.masked_fill_(path.inside[index], 0)  # nothing is held there
     if ended is not None:
         if not ended.numel():
             return

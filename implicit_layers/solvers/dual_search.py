@@ -3,12 +3,13 @@ r"""The active inequalities of strictly convex programs, from nothing: a set is 
 In the dual form s = R λ + w, holding a set of rows gives λ with s = 0 on them and λ = 0 elsewhere. Its signs give the
 next set: the held rows with a positive dual, and the others with a negative slack. A set that stays is that of the
 solution. A round is one Cholesky factorisation and a few products, a quarter of an interior-point iteration. From
-programs with no more rows than unknowns it takes a handful of rounds; from others it may go round in circles, which is
-noticed, and leaves them to the interior point.
+programs with no more rows than unknowns it takes a handful of rounds. Where it goes round in circles, one row at a time
+is changed, and what does not end soon is left to the interior point.
 
 With x = −λ and R = I + P both signs are those of v = w − P x: on held rows, where s = 0, that is x, elsewhere s.
 
-Source: Hintermüller, Ito & Kunisch (2003), SIAM J. Optim. 13(3); Kunisch & Rendl (2003), SIAM J. Optim. 14(1).
+Source: Hintermüller, Ito & Kunisch (2003), SIAM J. Optim. 13(3); Júdice & Pires (1994), Comput. Oper. Res. 21(5), for
+the single changes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from implicit_layers import checks
 from implicit_layers.kkt import quadratic
 
 _ROUNDS = 10
-_PATIENCE = 4  # rounds in which no fewer rows were wrong than before, after which a program is given up
+_PATIENCE = 3  # rounds in which no fewer rows were wrong than before, after which only the last of them is changed
+_STUCK = 6  # such rounds after which a program is given up
 _STEP = 0.5  # of the projected gradient that gives the first set, for rows of unit length
 _SIGN = 1e-12  # of the largest violation: what is smaller counts as zero, and its row is not held
 _FEW = 0.6  # share of programs at work, below which the others are taken out
@@ -72,15 +74,18 @@ def _search_one(P: Tensor, w: Tensor, held: Tensor, most: int) -> Found:
     narrow = quadratic.crowded(held)
     before = checks.host_list(held)
     least, stale, count, made = len(before[0]) + 1, 0, 0, None
-    while stale < _PATIENCE and count < most:
+    while stale < _STUCK and count < most:
         after, made = _round(P, w, held, int(sum(before[0])) if narrow else None)
         count += 1
         now = checks.host_list(after)
         if now == before:
             return Found(held, torch.full((1,), count, device=w.device), None, made)
-        wrong = sum(a != b for a, b in zip(now[0], before[0], strict=True))
-        least, stale = (wrong, 0) if wrong < least else (least, stale + 1)
-        held, before = after, now
+        wrong = [i for i, (a, b) in enumerate(zip(now[0], before[0], strict=True)) if a != b]
+        least, stale = (len(wrong), 0) if len(wrong) < least else (least, stale + 1)
+        if stale < _PATIENCE:
+            held, before = after, now
+        else:
+            held[0, wrong[-1]] = before[0][wrong[-1]] = now[0][wrong[-1]]
     rounds = torch.full((1,), count, device=w.device)
     return Found(held, rounds, rounds[:0], None)
 
@@ -91,14 +96,16 @@ def _search_many(P: Tensor, w: Tensor, held: Tensor, most: int) -> Found:
     work = _Work(P, w, held, none, none + (w.shape[-1] + 1), none)
     all_held, all_rounds, all_ended = held, none, none > 0
     every: Tensor | None = None  # the positions of those at work; None: all of them
+    order = torch.arange(w.shape[-1], device=w.device)
     width = checks.host_int(held.sum(-1).amax()) if quadratic.crowded(held) else None
     for k in range(1, most + 1):
         P, w, held, rounds, least, stale = work
         after, made = _round(P, w, held, width)
-        wrong = (after != held).sum(-1)
+        rows = after != held
+        wrong = rows.sum(-1)
         rounds = rounds + 1 if k == 1 else rounds + (wrong > 0)
         stale = torch.where(wrong < least, 0, stale + 1)
-        going = torch.gt(wrong > 0, stale >= _PATIENCE)
+        going = torch.gt(wrong > 0, stale >= _STUCK)
         if width is None:
             at_work = checks.host_int(going.sum())
         else:
@@ -111,6 +118,9 @@ def _search_many(P: Tensor, w: Tensor, held: Tensor, most: int) -> Found:
                 all_held[every], all_rounds[every], all_ended[every] = held, rounds, wrong == 0
         if over:
             break
+        if k > _PATIENCE:
+            last = torch.where(rows, order, -1).amax(-1, keepdim=True)
+            after = torch.where((stale >= _PATIENCE).unsqueeze(-1) & (order != last), held, after)
         work = _Work(P, w, after, rounds, torch.minimum(least, wrong), stale)
         if few:
             pick = going.nonzero().squeeze(-1)

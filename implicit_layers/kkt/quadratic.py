@@ -23,7 +23,6 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.errors import NotPositiveDefiniteError
 
-
 _LARGE = 500_000  # entries of all matrices times their size, from which it pays on a CPU to factor active rows alone
 
 

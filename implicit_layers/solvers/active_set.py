@@ -336,12 +336,12 @@ class Answers:
 
     def _keep_factor(self, index: Tensor, chol: Tensor, active: Tensor) -> None:
         """Write down factors on active inequalities, of all rows or without some inactive ones."""
-        batch, n_ineq = self.y.shape[0], self.y.shape[1] - self.chol_eq.shape[-1]
+        batch, n_eq = self.y.shape[0], self.chol_eq.shape[-1]
         kept = chol[:0] if self.chol_ineq is None else self.chol_ineq
-        if n_ineq in (chol.shape[-1], kept.shape[-1]):
-            chol = quadratic.spread_out(chol, active[:, -n_ineq:])
+        if active.shape[-1] - n_eq in (chol.shape[-1], kept.shape[-1]):
+            chol = quadratic.spread_out(chol, active[:, n_eq:])
             if kept.shape[0]:
-                kept = quadratic.spread_out(kept, self.active[:, -n_ineq:])
+                kept = quadratic.spread_out(kept, self.active[:, n_eq:])
         size, given = max(chol.shape[-1], kept.shape[-1]), chol.shape[-1]
         if kept.shape[0] != batch or kept.shape[-1] < size:
             wider = torch.eye(size, dtype=chol.dtype, device=chol.device).repeat(batch, 1, 1)

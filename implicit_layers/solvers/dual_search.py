@@ -22,8 +22,8 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.kkt import quadratic
 
-_ROUNDS = 10
-_PATIENCE = 3  # rounds in which no fewer rows were wrong than before, after which only the last of them is changed
+_ROUNDS = 12
+_PATIENCE = 2  # rounds in which no fewer rows were wrong than before, after which only the last of them is changed
 _STUCK = 6  # such rounds after which a program is given up
 _STEP = 0.5  # of the projected gradient that gives the first set, for rows of unit length
 _SIGN = 1e-12  # of the largest violation: what is smaller counts as zero, and its row is not held

@@ -369,13 +369,17 @@ def condition(factor: Factor) -> Tensor:  # -> (N,)
     worst = _spread(factor.chol_q)
     for part in (factor.chol_eq, factor.chol_ineq):
         if part.shape[-1]:
-            worst = torch.maximum(worst, _spread(part))
+            worst = torch.maximum(
+                worst, _spread(part, one=part is factor.chol_ineq and part.shape[-1] < factor.across.shape[-1])
+            )
     return worst
 
 
-def _spread(factor: Tensor) -> Tensor:  # (N, n, n) -> (N,)
-    """Compare the largest pivot with the smallest."""
+def _spread(factor: Tensor, *, one: bool = False) -> Tensor:  # (N, n, n) -> (N,)
+    """Compare the largest pivot with the smallest; `one`: a pivot of 1 is left out."""
     least, most = torch.aminmax(factor.diagonal(dim1=-2, dim2=-1), dim=-1)
+    if one:
+        least, most = least.clamp(max=1.0), most.clamp(min=1.0)
     return (most / least) ** 2
 
 

@@ -34,7 +34,7 @@ class Found(NamedTuple):
     """What a search ended with."""
 
     held: Tensor  # (k, m): 1 on inequalities that hold, else 0
-    rounds: Tensor  # (k,) int64
+    rounds: Tensor  # (k,) int64; of those whose set stays
     ended: Tensor | None  # positions of the programs whose set stays; None: all of them
     made: tuple[Tensor, Tensor] | None  # R factored on all of `held`, see `quadratic.masked_cholesky`; None: not kept
 
@@ -45,7 +45,7 @@ class _Work(NamedTuple):
     P: Tensor  # (k or 1, m, m)
     w: Tensor  # (k, m)
     held: Tensor  # (k, m)
-    rounds: Tensor  # (k,)
+    rounds: Tensor  # (k,): this one included
     least: Tensor  # (k,): the smallest number of wrong rows so far
     stale: Tensor  # (k,): for how many rounds it has been that
 
@@ -93,7 +93,7 @@ def _search_one(P: Tensor, w: Tensor, held: Tensor, most: int) -> Found:
 def _search_many(P: Tensor, w: Tensor, held: Tensor, most: int) -> Found:
     """Search for a batch, in which those at work go on alone once the others are many."""
     none = torch.zeros(w.shape[0], dtype=torch.int64, device=w.device)
-    work = _Work(P, w, held, none, none + (w.shape[-1] + 1), none)
+    work = _Work(P, w, held, none + 1, none + (w.shape[-1] + 1), none)
     all_held, all_rounds, all_ended = held, none, none > 0
     every: Tensor | None = None  # the positions of those at work; None: all of them
     order = torch.arange(w.shape[-1], device=w.device)
@@ -103,9 +103,12 @@ def _search_many(P: Tensor, w: Tensor, held: Tensor, most: int) -> Found:
         after, made = _round(P, w, held, width)
         rows = after != held
         wrong = rows.sum(-1)
-        rounds = rounds + 1 if k == 1 else rounds + (wrong > 0)
+        rounds = rounds + (wrong > 0)
         stale = torch.where(wrong < least, 0, stale + 1)
         going = torch.gt(wrong > 0, stale >= _STUCK)
+        if k > _PATIENCE:
+            last = torch.where(rows, order, -1).amax(-1, keepdim=True)
+            after = torch.where((stale >= _PATIENCE).unsqueeze(-1) & (order != last), held, after)
         if width is None:
             at_work = checks.host_int(going.sum())
         else:
@@ -118,9 +121,6 @@ def _search_many(P: Tensor, w: Tensor, held: Tensor, most: int) -> Found:
                 all_held[every], all_rounds[every], all_ended[every] = held, rounds, wrong == 0
         if over:
             break
-        if k > _PATIENCE:
-            last = torch.where(rows, order, -1).amax(-1, keepdim=True)
-            after = torch.where((stale >= _PATIENCE).unsqueeze(-1) & (order != last), held, after)
         work = _Work(P, w, after, rounds, torch.minimum(least, wrong), stale)
         if few:
             pick = going.nonzero().squeeze(-1)

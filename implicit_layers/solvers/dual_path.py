@@ -10,7 +10,8 @@ diagonal, so the iteration is blind to the units of z, of the cost and of every 
 
 The interior point is only a way to find which rows are active; the answer is the verified solve on them (`active_set`).
 So the solution is exact to rounding and its factor is the one that the derivatives need: the last interior-point
-factor would be far too inaccurate for them.
+factor would be far too inaccurate for them. Where there are not many more rows than unknowns, a cheaper way is tried
+first (`dual_search`), and the interior point goes on with the programs for which that does not end.
 
 Source: Mehrotra (1992), SIAM J. Optim. 2(4); Nocedal & Wright (2006), chapter 16.
 """

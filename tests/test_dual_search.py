@@ -129,6 +129,15 @@ def test_what_the_search_leaves_goes_to_the_interior_point(large: int, monkeypat
     assert (answer.info.iterations[:12] == found.rounds[:12]).all()
 
 
+@pytest.mark.parametrize("batch", [1, 32])
+def test_a_hard_family_is_given_up_early(batch: int) -> None:
+    """A single program is tried for longer."""
+    R, w = complementarity(1, 40, batch, 4.0)
+    found = dual_search.search(R, w, 60)
+    assert found.ended is not None and found.ended.shape[0] < batch
+    assert found.rounds.max() <= (dual_search._ROUNDS if batch == 1 else dual_search._HARD + 1)
+
+
 @pytest.mark.parametrize("max_iter", [1, 2])
 @pytest.mark.parametrize("batch", [1, 30])
 def test_no_more_rounds_than_iterations_are_allowed(max_iter: int, batch: int) -> None:

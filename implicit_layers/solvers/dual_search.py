@@ -27,6 +27,7 @@ _PATIENCE = 2  # rounds in which no fewer rows were wrong than before, after whi
 _STUCK = 6  # such rounds after which a program is given up
 _STEP = 0.5  # of the projected gradient that gives the first set, for rows of unit length
 _SIGN = 1e-12  # of the largest violation: what is smaller counts as zero, and its row is not held
+_HARD = 6  # rounds after which the search ends where most programs of a batch are still at work: their family is hard
 _FEW = 0.6  # share of programs at work, below which the others are taken out
 
 
@@ -113,7 +114,8 @@ def _search_many(P: Tensor, w: Tensor, held: Tensor, most: int) -> Found:
             at_work = checks.host_int(going.sum())
         else:
             at_work, width = checks.host_ints(going.sum(), after.sum(-1).amax().to(torch.int64))
-        over, few = at_work == 0 or k == most, at_work <= _FEW * wrong.shape[0]
+        hard = k == _HARD and 2 * at_work > all_held.shape[0]
+        over, few = hard or at_work == 0 or k == most, at_work <= _FEW * wrong.shape[0]
         if over or few:
             if every is None:
                 all_held, all_rounds, all_ended = held, rounds, wrong == 0

@@ -235,16 +235,21 @@ class Answers:
         refine: int = REFINE,
         rounds: int = 4,
         made: tuple[Tensor, Tensor] | None = None,
+        strict: bool = False,
     ) -> Tensor:
         """Solve the programs of `index`, correcting their active sets; returns the positions not settled.
 
-        `made`: what is known of the factor on the first sets, see `quadratic.factorise`.
+        Args:
+            made: what is known of the factor on the first sets, see `quadratic.factorise`.
+            strict: leave programs with a row that has neither a dual nor a slack.
         """
         every: Tensor | None = None  # the positions at work; None: all of them
         lost: list[Tensor] = []  # those whose active rows depend on each other
         for left in reversed(range(rounds)):
             point = solve_on(program, active, y, tol=tol, sign_tol=sign_tol, refine=refine, made=made)
             made = None
+            if strict:
+                point = point._replace(accepted=torch.gt(point.accepted, point.weak))
             good = point.accepted.nonzero().squeeze(-1)
             count = point.accepted.shape[0]
             if good.numel() == count:

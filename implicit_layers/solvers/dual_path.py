@@ -147,7 +147,9 @@ def _settle_found(path: _CentralPath, answers: Answers, tol: float, max_iter: in
         tol=min(tol, first.tol),
         sign_tol=first.sign_tol,
         refine=first.refine,
+        rounds=1,
         made=made,
+        strict=True,  # rows without dual and slack may be duplicates, or one side of a slab
     )
     path.keep(left if ended is None else _without(path.index.shape[0], ended, left))
 

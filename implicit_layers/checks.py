@@ -33,6 +33,16 @@ def host_int(count: Tensor) -> int:
     return int(count)
 
 
+def host_ints(*counts: Tensor) -> list[int]:
+    """Read several integers back from the device at once."""
+    return torch.stack(counts).tolist()
+
+
+def host_list(values: Tensor) -> list[list[float]]:
+    """Read a matrix back from the device."""
+    return values.tolist()
+
+
 def host_float(value: Tensor) -> float:
     """Read one number back from the device."""
     return float(value)

@@ -54,7 +54,7 @@ class QPInfo(NamedTuple):
 
     status: Tensor  # (*B,) int8, the numbers of `Status`
     converged: Tensor  # (*B,) bool
-    iterations: Tensor  # (*B,) int64, of the interior point; 0 where none was needed
+    iterations: Tensor  # (*B,) int64, of the interior point or the search before it; 0 where none was needed
     residual: Tensor  # (*B,) relative KKT residual at the returned point, in the dtype of the solution
     degenerate: Tensor  # (*B,) int8, the flags of `Degeneracy`: not 0 where the derivative is not unique
     condition: Tensor  # (*B,) estimated condition number of the linear system that gives the derivative

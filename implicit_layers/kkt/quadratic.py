@@ -23,6 +23,8 @@ from torch import Tensor
 from implicit_layers import checks
 from implicit_layers.errors import NotPositiveDefiniteError
 
+_LARGE = 500_000  # entries of all matrices times their size, from which it pays on a CPU to factor active rows alone
+
 
 class KKTResidual(NamedTuple):
     """The left-hand sides of the five conditions at a point; all zero at a solution."""
@@ -52,19 +54,13 @@ class Factor(NamedTuple):
     @property
     def places(self) -> Tensor:  # (*B, r)
         """The inequality that each row of C_i belongs to; where there are fewer active ones, any others follow."""
-        n_eq, r = self.chol_eq.shape[-1], self.chol_ineq.shape[-1]
-        return torch.argsort(self.active[..., n_eq:], dim=-1, descending=True, stable=True)[..., :r]
+        return _first_active(self.active[..., self.chol_eq.shape[-1] :], self.chol_ineq.shape[-1])
 
     def whole(self) -> Factor:
         """The same with a row of C_i for every inequality."""
-        n_ineq = self.across.shape[-1]
-        if self.chol_ineq.shape[-1] == n_ineq:
+        if self.chol_ineq.shape[-1] == self.across.shape[-1]:
             return self
-        places = self.places
-        spread = torch.nn.functional.one_hot(places, n_ineq).to(self.chol_ineq.dtype)  # (*B, r, n_ineq)
-        full = spread.mT @ self.chol_ineq @ spread
-        full.diagonal(dim1=-2, dim2=-1).add_(1.0 - spread.sum(-2))
-        return self._replace(chol_ineq=full)
+        return self._replace(chol_ineq=spread_out(self.chol_ineq, self.active[..., self.chol_eq.shape[-1] :]))
 
     def take(self, index: Tensor) -> Factor:
         """Keep some programs, all with one batch dimension; what they share stays shared."""
@@ -79,7 +75,9 @@ class Factor(NamedTuple):
                 return old
             return old.expand(batch, *old.shape[1:]).index_copy(0, index, new.expand(index.numel(), *new.shape[1:]))
 
-        return Factor(*map(merge, self, part, (True, False, False, False, True, False)))
+        alike = self.chol_ineq.shape[-1] == part.chol_ineq.shape[-1]
+        old, new = (self, part) if alike else (self.whole(), part.whole())
+        return Factor(*map(merge, old, new, (True, False, False, False, True, False)))
 
 
 EVENT_NDIM = (2, 2, 2, 2, 1, 1)  # trailing dimensions of the fields of `Factor`
@@ -101,6 +99,22 @@ class Reduced(NamedTuple):
     across: Tensor  # (N or 1, n_eq, n_ineq): X = C_e⁻¹ S_ei
     projected: Tensor  # (N or 1, n_ineq, n_ineq): R = S_ii − XᵀX
     dependent: Tensor  # (N or 1,) bool: equality rows depend on each other, and C_e has a ridge
+
+
+def _first_active(chosen: Tensor, width: int) -> Tensor:  # (*B, n_ineq) -> (*B, width)
+    """Give the positions of active inequalities, in their order; behind the last of them any others."""
+    return torch.argsort(chosen, dim=-1, descending=True, stable=True)[..., :width]
+
+
+def spread_out(chol: Tensor, chosen: Tensor) -> Tensor:  # (*B, r, r), (*B, n_ineq) -> (*B, n_ineq, n_ineq)
+    """Give a factor on active inequalities a row for every inequality, with ones on the diagonal of inactive ones."""
+    r, n_ineq = chol.shape[-1], chosen.shape[-1]
+    if r == n_ineq:
+        return chol
+    spread = torch.nn.functional.one_hot(_first_active(chosen, r), n_ineq).to(chol.dtype)  # (*B, r, n_ineq)
+    full = spread.mT @ chol @ spread
+    full.diagonal(dim1=-2, dim2=-1).add_(1.0 - spread.sum(-2))
+    return full
 
 
 def matvec(matrix: Tensor, vector: Tensor) -> Tensor:  # (*B, m, n), (*B, n) -> (*B, m)
@@ -226,11 +240,15 @@ def reduce(chol_q: Tensor, p: Tensor, E: Tensor, f: Tensor, n_eq: int, ridge: fl
 
 def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Factor matrices of unit diagonal; also tell where they are positive definite to working precision, (N,)."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if not matrix.shape[-1]:
+    return _judged(*torch.linalg.cholesky_ex(matrix))
+
+
+def _judged(factor: Tensor, info: Tensor) -> tuple[Tensor, Tensor]:
+    """Judge the outcome of `cholesky_ex`."""
+    if not factor.shape[-1]:
         return factor, info == 0
     least = factor.diagonal(dim1=-2, dim2=-1).amin(-1)
-    return factor, torch.gt(least > least_pivot(matrix) ** 0.5, info)  # info is 0 where there is a factor
+    return factor, torch.gt(least > least_pivot(factor) ** 0.5, info)  # info is 0 where there is a factor
 
 
 def least_pivot(matrix: Tensor) -> float:
@@ -238,12 +256,44 @@ def least_pivot(matrix: Tensor) -> float:
     return 16 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
 
 
-def factorise(reduced: Reduced, active: Tensor) -> tuple[Factor, Tensor]:
-    """Factor the Schur complement on the active rows; also tell where they do not depend on each other, (N,)."""
+def crowded(chosen: Tensor) -> bool:
+    """Tell whether factoring the rows of each program that are chosen, (N, m), alone is worth finding out how many."""
+    count, m = chosen.shape
+    return chosen.is_cpu and count * m**3 > _LARGE
+
+
+def block(matrix: Tensor, rows: Tensor) -> Tensor:  # (N or 1, m, m), (N, r) -> (N, r, r)
+    """Take rows and the same columns out of square matrices."""
+    m = matrix.shape[-1]
+    first = rows * m
+    if matrix.shape[0] != 1:
+        first = first + torch.arange(0, matrix.numel(), m * m, device=rows.device).unsqueeze(-1)
+    return matrix.take(first.unsqueeze(-1) + rows.unsqueeze(-2))
+
+
+def factorise(
+    reduced: Reduced, active: Tensor, made: tuple[Tensor, Tensor] | None = None, *, narrow: bool = False
+) -> tuple[Factor, Tensor]:
+    """Factor the Schur complement on the active rows; also tell where they do not depend on each other, (N,).
+
+    Args:
+        made: the outcome of `cholesky_ex` for the active inequalities, where it is known.
+        narrow: leave inactive inequalities out of large factors; one host synchronisation.
+    """
     chosen = active[:, reduced.chol_eq.shape[-1] :]
-    masked = (reduced.projected * chosen.unsqueeze(-1)).mul_(chosen.unsqueeze(-2))
-    masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - chosen)
-    chol_ineq, positive = _cholesky(masked)
+    if made is not None:
+        chol_ineq, positive = _judged(*made)
+    elif narrow and crowded(chosen):
+        width = max(checks.host_int(chosen.sum(-1).amax()), 1)
+        rows = _first_active(chosen, width)
+        there = chosen.gather(-1, rows)
+        masked = block(reduced.projected, rows).mul_(there.unsqueeze(-1)).mul_(there.unsqueeze(-2))
+        masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - there)
+        chol_ineq, positive = _cholesky(masked)
+    else:
+        masked = (reduced.projected * chosen.unsqueeze(-1)).mul_(chosen.unsqueeze(-2))
+        masked.diagonal(dim1=-2, dim2=-1).add_(1.0 - chosen)
+        chol_ineq, positive = _cholesky(masked)
     if active.shape[-1] > reduced.chol_q.shape[-1]:  # more rows than unknowns, whatever rounding makes of the pivots
         positive = positive & (active.sum(-1) <= reduced.chol_q.shape[-1])
     factor = Factor(reduced.chol_q, reduced.chol_eq, reduced.across, chol_ineq, reduced.scale, active)
@@ -319,13 +369,17 @@ def condition(factor: Factor) -> Tensor:  # -> (N,)
     worst = _spread(factor.chol_q)
     for part in (factor.chol_eq, factor.chol_ineq):
         if part.shape[-1]:
-            worst = torch.maximum(worst, _spread(part))
+            worst = torch.maximum(
+                worst, _spread(part, one=part is factor.chol_ineq and part.shape[-1] < factor.across.shape[-1])
+            )
     return worst
 
 
-def _spread(factor: Tensor) -> Tensor:  # (N, n, n) -> (N,)
-    """Compare the largest pivot with the smallest."""
+def _spread(factor: Tensor, *, one: bool = False) -> Tensor:  # (N, n, n) -> (N,)
+    """Compare the largest pivot with the smallest; `one`: a pivot of 1 is left out."""
     least, most = torch.aminmax(factor.diagonal(dim1=-2, dim2=-1), dim=-1)
+    if one:
+        least, most = least.clamp(max=1.0), most.clamp(min=1.0)
     return (most / least) ** 2
 
 

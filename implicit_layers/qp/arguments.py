@@ -47,7 +47,7 @@ class Door(NamedTuple):
     program: Program
     batch: torch.Size
     checked: bool  # whether the values were looked at
-    plain: bool  # whether that was left to the compiled kernel, because all tensors are plain ones
+    plain: bool  # whether all tensors are plain ones; the compiled kernel then looks at their values
     structure: compiled.Structure | None = None  # of plain ones that have come through before, and if contiguous
 
 
@@ -70,13 +70,12 @@ def at_the_door(
     come through in that way before are known to fit, and not looked at one by one again.
     """
     given = (Q, p, A, b, G, h, lb, ub)
-    key = None
-    if later:
-        key = compiled.sizes_and_dtypes(given)
-        known = _known.get(key)
-        if known is not None:
-            return Door(_formed(known, given), known.batch, False, True, known.structure)
-        later = key is not None
+    key = compiled.sizes_and_dtypes(given) if later else None
+    known = None if key is None else _known.get(key)
+    if known is not None:
+        return Door(_formed(known, given), known.batch, False, True, known.structure)
+    later = key is not None
+    ordinary = later or (read and checks.plain(*(t for t in given if t is not None)))
     checks.paired("solve_qp", A, b, G, h)
     optional = {"A": A, "b": b, "G": G, "h": h, "lb": lb, "ub": ub}
     tensors = {"Q": Q, "p": p} | {name: tensor for name, tensor in optional.items() if tensor is not None}
@@ -107,7 +106,7 @@ def at_the_door(
     program = Program(*forms)  # type: ignore[arg-type]
     if later and key is not None and batch.numel() and all(t.dtype == dtype for t in given if t is not None):
         _remember(key, given, program, batch)
-    return Door(program, batch, checked, later)
+    return Door(program, batch, checked, ordinary)
 
 
 class _Known(NamedTuple):

@@ -119,7 +119,7 @@ class _KKTSolve(_ReverseKKT):
 def _solve(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Solve the KKT system, differentiably."""
     function = _ReverseKKT if torch.compiler.is_compiling() else _KKTSolve
-    solution: tuple[Tensor, ...] = function.apply(settings, *tensors)
+    solution: tuple[Tensor, ...] = transforms.apply(function, settings, *tensors, plain=checks.plain(*tensors))
     return solution
 
 

@@ -97,9 +97,20 @@ class ActiveSetPoint(NamedTuple):
 
 
 def solve_on(
-    program: Program, active: Tensor, y: Tensor, *, tol: float, sign_tol: float, refine: int, ridge: bool = False
+    program: Program,
+    active: Tensor,
+    y: Tensor,
+    *,
+    tol: float,
+    sign_tol: float,
+    refine: int,
+    ridge: bool = False,
+    made: tuple[Tensor, Tensor] | None = None,
 ) -> ActiveSetPoint:
-    """Solve on the active rows, with a ridge next to the duals `y`, and judge the answer by its KKT conditions."""
+    """Solve on the active rows, with a ridge next to the duals `y`, and judge the answer by its KKT conditions.
+
+    `made`: see `quadratic.factorise`.
+    """
     n_eq, reduced = program.n_eq, program.reduced
     if ridge:  # next to the duals at hand; without a ridge there is one answer, and zero data must give exact zeros
         factor = quadratic.factorise_with_ridge(reduced, active, RIDGE)
@@ -108,7 +119,7 @@ def solve_on(
         right = reduced.violation - quadratic.matvec(reduced.schur, start)
         dual = start + quadratic.schur_solve(factor, right)
     else:
-        factor, independent = quadratic.factorise(reduced, active)
+        factor, independent = quadratic.factorise(reduced, active, made, narrow=True)
         dual = quadratic.schur_solve(factor, reduced.violation)
     z, y = program.minimum(dual), reduced.scale * dual
     for _ in range(refine):
@@ -223,12 +234,22 @@ class Answers:
         sign_tol: float,
         refine: int = REFINE,
         rounds: int = 4,
+        made: tuple[Tensor, Tensor] | None = None,
+        strict: bool = False,
     ) -> Tensor:
-        """Solve the programs of `index`, correcting their active sets; returns the positions not settled."""
+        """Solve the programs of `index`, correcting their active sets; returns the positions not settled.
+
+        Args:
+            made: what is known of the factor on the first sets, see `quadratic.factorise`.
+            strict: leave programs with a row that has neither a dual nor a slack.
+        """
         every: Tensor | None = None  # the positions at work; None: all of them
         lost: list[Tensor] = []  # those whose active rows depend on each other
         for left in reversed(range(rounds)):
-            point = solve_on(program, active, y, tol=tol, sign_tol=sign_tol, refine=refine)
+            point = solve_on(program, active, y, tol=tol, sign_tol=sign_tol, refine=refine, made=made)
+            made = None
+            if strict:
+                point = point._replace(accepted=torch.gt(point.accepted, point.weak))
             good = point.accepted.nonzero().squeeze(-1)
             count = point.accepted.shape[0]
             if good.numel() == count:
@@ -311,13 +332,33 @@ class Answers:
             self.chol_ineq, self.status = point.factor.chol_ineq, torch.full_like(self.status, int(Status.CONVERGED))
             self._take_apart(new)
             return
-        self.chol_ineq = self._room() if self.chol_ineq is None else self.chol_ineq
-        if rows is None:
-            self.chol_ineq[index], self.found[index] = point.factor.chol_ineq, new
-        else:
-            index = index[rows]
-            self.chol_ineq[index], self.found[index] = point.factor.chol_ineq[rows], new[rows]
+        chol = point.factor.chol_ineq
+        if rows is not None:
+            index, chol, new = index[rows], chol[rows], new[rows]
+        self._keep_factor(index, chol, new.split(self.sizes, dim=-1)[2])
+        self.found[index] = new
         self.status[index] = int(Status.CONVERGED)
+
+    def _keep_factor(self, index: Tensor, chol: Tensor, active: Tensor) -> None:
+        """Write down factors on active inequalities, of all rows or without some inactive ones."""
+        batch, n_eq = self.y.shape[0], self.chol_eq.shape[-1]
+        kept = chol[:0] if self.chol_ineq is None else self.chol_ineq
+        if active.shape[-1] - n_eq in (chol.shape[-1], kept.shape[-1]):
+            chol = quadratic.spread_out(chol, active[:, n_eq:])
+            if kept.shape[0]:
+                kept = quadratic.spread_out(kept, self.active[:, n_eq:])
+        size, given = max(chol.shape[-1], kept.shape[-1]), chol.shape[-1]
+        if kept.shape[0] != batch or kept.shape[-1] < size:
+            wider = torch.eye(size, dtype=chol.dtype, device=chol.device).repeat(batch, 1, 1)
+            if kept.shape[0]:
+                wider[:, : kept.shape[-1], : kept.shape[-1]] = kept
+            kept = wider
+        if given < size:
+            padded = torch.eye(size, dtype=chol.dtype, device=chol.device).repeat(chol.shape[0], 1, 1)
+            padded[:, :given, :given] = chol
+            chol = padded
+        kept[index] = chol
+        self.chol_ineq = kept
 
 
 def _contradict(program: Program, y: Tensor) -> Tensor:  # -> (k,) bool

@@ -10,7 +10,8 @@ diagonal, so the iteration is blind to the units of z, of the cost and of every 
 
 The interior point is only a way to find which rows are active; the answer is the verified solve on them (`active_set`).
 So the solution is exact to rounding and its factor is the one that the derivatives need: the last interior-point
-factor would be far too inaccurate for them.
+factor would be far too inaccurate for them. Where there are not many more rows than unknowns, a cheaper way is tried
+first (`dual_search`), and the interior point goes on with the programs for which that does not end.
 
 Source: Mehrotra (1992), SIAM J. Optim. 2(4); Nocedal & Wright (2006), chapter 16.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from implicit_layers import checks
 from implicit_layers.kkt import quadratic
+from implicit_layers.solvers import dual_search
 from implicit_layers.solvers.active_set import Answers, Program
 
 
@@ -45,6 +47,7 @@ _PHASES = (
     _Phase(1e-12, 1e-11, 1e-12, 4, balanced=False, dependent=True),
     _Phase(1e-15, 1.0, 1e-10, 4, balanced=True, dependent=True),
 )
+_FEW_ROWS = 1.5  # inequality rows for each unknown, up to which a search mostly ends
 _TO_BOUNDARY = 0.995
 _SHORTEST = 1e-8  # a shorter step means that the iteration is stuck
 
@@ -84,10 +87,14 @@ def _solve_inequalities(program: Program, answers: Answers, tol: float, max_iter
         )
         path.keep(left)
         program = path.program
+    if path.index.numel() and path.w.shape[-1] <= _FEW_ROWS * program.Q.shape[-1]:
+        _settle_found(path, answers, tol, max_iter)
+        if not path.index.numel():
+            return
     inside = path.inside[path.index].nonzero().squeeze(-1)
     if inside.numel():
         equalities = path.equality.expand(inside.shape[0], -1)
-        part = program.take(inside)
+        part = path.program.take(inside)
         left = answers.settle(part, path.index[inside], equalities, equalities, tol=tol, sign_tol=1e-12)
         path.keep(_without(path.index.shape[0], inside, left))
     if path.index.numel():
@@ -119,6 +126,32 @@ def _solve_inequalities(program: Program, answers: Answers, tol: float, max_iter
             path.keep(left)
     if path.index.numel():
         answers.give_up(path.program, path.index, guess, duals, tol=tol)
+
+
+def _settle_found(path: _CentralPath, answers: Answers, tol: float, max_iter: int) -> None:
+    """Search for the active sets from nothing, settle those found and go on with the rest."""
+    first, program, index = _PHASES[0], path.program, path.index
+    held, rounds, ended, made = dual_search.search(path.R, path.w, max_iter)
+    rounds = rounds.masked_fill_(path.inside[index], 0)  # nothing is held there
+    if ended is not None:
+        if not ended.numel():
+            return
+        program, index, held, rounds = program.take(ended), index[ended], held[ended], rounds[ended]
+    guess = path.with_equalities(held)
+    answers.iterations[index] = rounds
+    left = answers.settle(
+        program,
+        index,
+        guess,
+        guess,
+        tol=min(tol, first.tol),
+        sign_tol=first.sign_tol,
+        refine=first.refine,
+        rounds=1,
+        made=made,
+        strict=True,  # rows without dual and slack may be duplicates, or one side of a slab
+    )
+    path.keep(left if ended is None else _without(path.index.shape[0], ended, left))
 
 
 def _without(count: int, tried: Tensor, left: Tensor) -> Tensor:
@@ -189,9 +222,13 @@ class _CentralPath:
         if not balanced:
             dual_scale, slack_scale = dual_scale.clamp(min=1.0), slack_scale.clamp(min=1.0)
         guess = torch.gt(lam * slack_scale, s * dual_scale).to(lam.dtype)
+        return self.with_equalities(guess)
+
+    def with_equalities(self, held: Tensor) -> Tensor:  # (k, m_ineq) -> (k, m)
+        """Put the equality rows, which are active, before the inequalities."""
         if not self.program.n_eq:
-            return guess
-        return torch.cat([guess.new_ones(guess.shape[0], self.program.n_eq), guess], dim=-1)
+            return held
+        return torch.cat([held.new_ones(held.shape[0], self.program.n_eq), held], dim=-1)
 
     def duals(self) -> Tensor:  # (k, m)
         """Give the duals of all rows, unscaled: ν from the equality rows for the λ at hand."""

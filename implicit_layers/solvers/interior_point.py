@@ -4,7 +4,8 @@ r"""The solver of convex quadratic programs: which form suits, what became of ev
 
 The dual form eliminates z and works on m x m matrices: for strictly convex programs without bounds and not many more
 rows than unknowns. The condensed form eliminates the duals and works on n x n matrices: for everything else. Both
-follow a central path only to find what is active; the answer is a verified solve on that, exact to rounding.
+follow a central path only to find what is active, and the dual form only where a guess corrected by its own signs does
+not; the answer is a verified solve on that, exact to rounding.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class InteriorPoint:
     Args:
         tol: largest relative KKT residual of an accepted answer, by default 1e-8 for float64 data, 2e-6 for float32
             data, and 1e-5 for what is solved in float32; answers usually are at rounding, far below it.
-        max_iter: cap on the interior-point iterations.
+        max_iter: cap on the interior-point iterations, and on the rounds of the search before them.
         check_every: ask the host every so many iterations which programs have converged. 0: never, no host
             synchronisation at all: all max_iter iterations and a fixed number of active-set rounds, the condensed
             form, no search for certificates of infeasibility.

@@ -47,6 +47,7 @@ def take_instructions(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert spec is not None and spec.loader is not None
     kernel = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernel)
+    kernel.prepare(*compiled._ASKED)
     assert kernel is not compiled._kernel and (name not in INSTRUCTIONS[1:] or kernel.describe()[0] in (name, "basic"))
     monkeypatch.setattr(compiled, "_kernel", kernel)
 

@@ -223,6 +223,11 @@ static PyObject *torch_empty, *torch_data_ptr, *torch_is_contiguous, *torch_is_n
 static PyObject *torch_strided, *torch_tensor, *torch_parameter;
 static PyObject *name_layout, *name_is_cpu, *name_shape, *name_dtype;
 
+static bool prepared() {
+    if (!torch_empty) PyErr_SetString(PyExc_RuntimeError, "prepare() comes first");
+    return torch_empty;
+}
+
 // The numbers that batches of programs alike in their sizes have in common.
 struct Head {
     long long is_float, batch, n, n_eq, n_ineq, hold, form;
@@ -365,6 +370,7 @@ static void take_large_pages(void* start, long count, long size) {
 // are bounds; and zeros, as many as there are rooms for: one number a program in bytes, then as b, as h and twice as z.
 // None where the data has gaps.
 static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    if (!prepared()) return nullptr;
     Head head;
     Solve task;
     Data& d = task.data;
@@ -424,6 +430,7 @@ static PyObject* solve(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 // without a room being None. False where a problem does not allow it, None where the first eight have gaps. Gradients g
 // that are None are zero; without `degenerate` and `converged` all problems are known to allow it.
 static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    if (!prepared()) return nullptr;
     Head head;
     Adjoint task;
     if (count != 8 || !PyTuple_Check(arguments[2]) || !PyTuple_Check(arguments[7]) || PyTuple_GET_SIZE(arguments[7]) != 9) {
@@ -480,6 +487,7 @@ static PyObject* adjoint(PyObject*, PyObject* const* arguments, Py_ssize_t count
 
 // Of tensors, or None, in a tuple: their shapes and dtypes in one row; None where one is no ordinary tensor.
 static PyObject* structure(PyObject*, PyObject* tensors) {
+    if (!prepared()) return nullptr;
     if (!PyTuple_Check(tensors)) {
         PyErr_SetString(PyExc_TypeError, "not a tuple of tensors");
         return nullptr;
@@ -505,6 +513,7 @@ static PyObject* structure(PyObject*, PyObject* tensors) {
 
 // Whether all tensors of a tuple are ordinary ones, or None.
 static PyObject* all_ordinary(PyObject*, PyObject* tensors) {
+    if (!prepared()) return nullptr;
     for (Py_ssize_t i = 0; PyTuple_Check(tensors) && i < PyTuple_GET_SIZE(tensors); ++i) {
         PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
         const int fine = tensor == Py_None ? 1 : ordinary(tensor);

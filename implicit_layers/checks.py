@@ -326,13 +326,23 @@ def poisoned(values: Tensor, good: Tensor) -> Tensor:
     return values + torch.where(good, 0.0, float("nan")).to(values.dtype)
 
 
+def traced() -> bool:
+    """Whether operations are being written down, of tensors that may look like any others."""
+    if torch.compiler.is_compiling():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (modes.PROXY, modes.FAKE, modes.FUNCTIONAL))
+
+
 def plain(*tensors: Tensor) -> bool:
     """Whether these are ordinary tensors, whose numbers lie in memory as they are."""
-    if torch.compiler.is_compiling():
+    if traced():
         return False
     wrapped, kinds, strided = torch._C._functorch.is_functorch_wrapped_tensor, _PLAIN, torch.strided
-    for t in tensors:  # noqa: SIM110  a loop costs half of `all`, and control loops wait for it
-        if type(t) not in kinds or t.layout is not strided or t.is_neg() or wrapped(t):
+    for t in tensors:
+        if type(t) not in kinds or t.layout is not strided or t.is_neg() or t._is_zerotensor() or wrapped(t):
             return False
     return True
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicit_layers as il
@@ -313,3 +314,70 @@ def test_whatever_the_default_device() -> None:
         found = torch.autograd.grad(solution.z.sum(), data["p"])[0]
     assert torch.equal(solution.z, expected.z)
     assert torch.equal(found, torch.autograd.grad(expected.z.sum(), data["p"])[0])
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_hooks_that_change_the_dtype(bounded: bool) -> None:
+    """Saved in half the memory, and as exact as that allows."""
+    data = leaves(program(n_eq=2) | ({"lb": torch.full((10,), -0.5, dtype=torch.float64)} if bounded else {}))
+    expected = gradients(data, il.solve_qp(**data))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.float() if t.is_floating_point() else t, lambda t: t):
+        solution = il.solve_qp(**data)
+    for mine, theirs in zip(gradients(data, solution), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+# --- tensors that only look ordinary ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["p", "lb", "ub"])
+def test_a_tensor_of_zeros_without_memory(which: str) -> None:
+    data = program() | {"lb": -torch.ones(10, dtype=torch.float64), "ub": torch.ones(10, dtype=torch.float64)}
+    zero = torch._efficientzerotensor(tuple(data[which].shape), dtype=torch.float64)
+    found = il.solve_qp(**(data | {which: zero}))
+    expected = il.solve_qp(**(data | {which: torch.zeros_like(data[which])}))
+    torch.testing.assert_close(found.z, expected.z, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(expected.z, il.solve_qp(**data).z)
+
+
+@pytest.mark.parametrize("which", ["lb", "ub"])
+def test_freed_memory_is_not_taken_for_an_argument_that_is_not_given(which: str) -> None:
+    data = program() | {which: torch.zeros(1, 10, dtype=torch.float64)}
+    il.solve_qp(**data)
+    data[which].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="freed"):
+        il.solve_qp(**data)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("batch", [(), (1,), (3,)])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_what_a_row_without_a_side_holds_is_looked_at(batch: tuple[int, ...], bounded: bool, value: float) -> None:
+    data = program(batch=batch) | ({"lb": torch.full((10,), -0.5, dtype=torch.float64)} if bounded else {})
+    data["h"][..., 2] = torch.inf
+    il.solve_qp(**data)
+    data["G"][..., 2, 1] = value
+    for backend in ("compiled", "torch"):
+        with pytest.raises(il.NonFiniteError, match="G"):
+            il.solve_qp(**data, solver=il.InteriorPoint(backend=backend))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_a_warm_start_of_another_dtype(dtypes: tuple[torch.dtype, torch.dtype], backend: Any) -> None:
+    solver = il.InteriorPoint(backend=backend, precision="native")
+    one, two = ({name: t.to(dtype) for name, t in program(n_eq=2, batch=(8,)).items()} for dtype in dtypes)
+    found = il.solve_qp(**two, solver=solver, warm_start=il.solve_qp(**one, solver=solver))
+    expected = il.solve_qp(**two, solver=solver)
+    torch.testing.assert_close(found.z, expected.z, rtol=1e-4, atol=1e-5)
+    assert (found.info.iterations == 0).all() and (expected.info.iterations > 0).any()
+
+
+def test_a_trace_does_not_take_the_solution_for_a_constant() -> None:
+    data = program()
+
+    def minimiser(p: Tensor) -> Tensor:
+        return il.solve_qp(**(data | {"p": p})).z
+
+    with pytest.raises(RuntimeError, match="tracing tensor"):
+        make_fx(minimiser)(data["p"])

@@ -17,7 +17,7 @@ constexpr double SLIGHT = 1e-12;  // a violation, relative to the largest one, t
 constexpr double FLAT = 1e-12;    // the square of what the equalities leave of a row of length 1, where it is rounding
 
 // What `set_up` finds out of the matrices, kept beside them where the programs share them.
-enum { DEFINITE, INDEPENDENT, SPREAD_Q, SPREAD_EQ, KEPT };
+enum { DEFINITE, READABLE, INDEPENDENT, SPREAD_Q, SPREAD_EQ, KEPT };
 
 struct Phase {
     double measure, sign_tol;

@@ -219,7 +219,7 @@ static void work(Team* team, Work Width::*what, const void* task, const Data& d,
 
 // What is asked of PyTorch, handed over by `prepare`: how memory is made, where it is, whether it has no gaps; and what
 // an ordinary tensor is.
-static PyObject *torch_empty, *torch_data_ptr, *torch_is_contiguous, *torch_is_neg, *torch_is_wrapped;
+static PyObject *torch_empty, *torch_data_ptr, *torch_is_contiguous, *torch_is_neg, *torch_is_zero, *torch_is_wrapped;
 static PyObject *torch_strided, *torch_tensor, *torch_parameter;
 static PyObject *name_layout, *name_is_cpu, *name_shape, *name_dtype;
 
@@ -268,11 +268,19 @@ class Tensors {
         PyObject* const number = PyObject_Vectorcall(torch_data_ptr, &tensor, 1, nullptr);
         if (number) to = reinterpret_cast<P>(PyLong_AsVoidPtr(number));
         Py_XDECREF(number);
-        if (!to && PyErr_Occurred()) fine_ = false;
+        if (!to) fine_ = !PyErr_Occurred() && empty(tensor);
     }
     bool fine() const { return fine_; }
 
    private:
+    static bool empty(PyObject* tensor) {  // as it may be without memory
+        PyObject* const count = PyObject_CallMethod(tensor, "numel", nullptr);
+        const bool none = count && PyLong_AsLong(count) == 0;
+        Py_XDECREF(count);
+        if (!none && !PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "the memory of a tensor has been freed");
+        return none;
+    }
+
     PyObject** next_ = nullptr;
     bool fine_ = true;
 };
@@ -297,6 +305,8 @@ static int ordinary(PyObject* tensor) {
     if (is_cpu != Py_True) return is_cpu ? 0 : -1;
     const int negated = says(torch_is_neg, tensor);
     if (negated) return negated < 0 ? -1 : 0;
+    const int zero = says(torch_is_zero, tensor);
+    if (zero) return zero < 0 ? -1 : 0;
     const int wrapped = says(torch_is_wrapped, tensor);
     return wrapped < 0 ? -1 : !wrapped;
 }
@@ -524,8 +534,9 @@ static PyObject* all_ordinary(PyObject*, PyObject* tensors) {
 }
 
 static PyObject* prepare(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    PyObject** const kept[] = {&torch_empty,      &torch_data_ptr, &torch_is_contiguous, &torch_is_neg,
-                               &torch_is_wrapped, &torch_strided,  &torch_tensor,        &torch_parameter};
+    PyObject** const kept[] = {&torch_empty,   &torch_data_ptr,   &torch_is_contiguous, &torch_is_neg,
+                               &torch_is_zero, &torch_is_wrapped, &torch_strided,       &torch_tensor,
+                               &torch_parameter};
     const Py_ssize_t expected = sizeof kept / sizeof *kept;
     if (count != expected) {
         PyErr_SetString(PyExc_TypeError, "wrong number of arguments, or kind of one");

@@ -183,9 +183,15 @@ class Group {
         if (!old_rows) {
             if (p) read(E, d.A, d.step_A, p * n);
             if (g) read(E + p * n, d.G, d.step_G, g * n);
+            V strange = all<V>(0.0);  // NaN where a row that does not count has a NaN or an infinity
             if (any(no_rows))
                 for (long i = 0; i < g; ++i)
-                    for (long j = 0; j < n; ++j) E[(p + i) * n + j] = as_mask(open[i]) ? all<V>(0.0) : E[(p + i) * n + j];
+                    for (long j = 0; j < n; ++j) {
+                        V& entry = E[(p + i) * n + j];
+                        strange += entry * 0.0;
+                        entry = as_mask(open[i]) ? all<V>(0.0) : entry;
+                    }
+            kept[READABLE] = as_number(strange == 0.0);
             for (long i = 0; i < p + g; ++i) reach[i] = root(inner(E + i * n, E + i * n, n));
         }
         if (!old) {
@@ -225,7 +231,7 @@ class Group {
             pivots(S, lds, p, high, low);
             kept[SPREAD_EQ] = p ? high / low : all<V>(1.0);
         }
-        fit = as_mask(kept[DEFINITE]) & as_mask(kept[INDEPENDENT]);
+        fit = as_mask(kept[DEFINITE]) & as_mask(kept[READABLE]) & as_mask(kept[INDEPENDENT]);
         for (long i = 0; i < n; ++i) half[i] = -cost[i];
         forward(tall, n, inv_q, n, half);
         free_norm = root(inner(half, half, n));

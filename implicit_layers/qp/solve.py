@@ -209,7 +209,7 @@ def _active_set(solution: QPSolution, program: Program, solver: InteriorPoint) -
         return None
     rows = torch.cat([torch.ones_like(solution.nu), (solution.lam > 0).to(solution.lam.dtype)], dim=-1)
     fixed = (solution.lam_ub > 0).to(rows.dtype) - (solution.lam_lb > 0).to(rows.dtype)
-    dtype = rows.dtype if solver.precision == "native" else torch.float64
+    dtype = program.p.dtype if solver.precision == "native" else torch.float64
     count = batch.numel()
     return ActiveSet(rows.detach().reshape(count, rows.shape[-1]).to(dtype), fixed.detach().reshape(count, n).to(dtype))
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from implicit_layers import checks
 from implicit_layers.errors import ImplicitLayersWarning, UnsupportedError, warn
 from implicit_layers.kkt import quadratic
 
@@ -56,7 +57,7 @@ if _kernel is not None:  # what it asks of PyTorch
     _guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     _at_once = getattr(_guards, "_empty_strided_cpu", _empty)  # which takes half as long as to ask the dispatcher
     _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    _of_tensors = (Tensor.data_ptr, Tensor.is_contiguous, Tensor.is_neg, _wrapped)
+    _of_tensors = (Tensor.data_ptr, Tensor.is_contiguous, Tensor.is_neg, Tensor._is_zerotensor, _wrapped)
     _ASKED = (_at_once, *_of_tensors, torch.strided, Tensor, torch.nn.Parameter)
     _kernel.prepare(*_ASKED)
 
@@ -158,12 +159,12 @@ def _form(n: int, n_ineq: int, bounded: bool) -> int:
 
 def sizes_and_dtypes(tensors: tuple[Tensor | None, ...]) -> tuple[object, ...] | None:
     """Of ordinary tensors in the processor's memory; None where one is another, or there is no kernel."""
-    return None if _kernel is None or torch.compiler.is_compiling() else _kernel.structure(tensors)
+    return None if _kernel is None or checks.traced() else _kernel.structure(tensors)
 
 
 def ordinary(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether these are ordinary tensors in the processor's memory."""
-    return _kernel is not None and not torch.compiler.is_compiling() and _kernel.ordinary(tensors)
+    return _kernel is not None and not checks.traced() and _kernel.ordinary(tensors)
 
 
 def structure(batch: torch.Size, data: Sequence[Tensor | None], steps: Sequence[int] | None = None) -> Structure:
@@ -309,6 +310,10 @@ def adjoint(
     if isinstance(factor, Packed):
         memory, known = factor
         head, parts = known.head, None
+        if any(t.dtype != known.dtype for t in (Q, A, G, *point)) or memory.dtype != torch.float64:  # by a user's hooks
+            Q, A, G, *point = (t.to(known.dtype) for t in (Q, A, G, *point))
+            pull_ub = None if pull_ub is None else pull_ub.to(known.dtype)
+            memory = memory.double()
     else:
         (Q, step_q), (A, step_a), (G, step_g) = (_flat(tensor, 2, batch) for tensor in matrices)
         sizes, bounded = (Q.shape[-1], A.shape[-2], G.shape[-2]), pull_ub is not None

@@ -36,9 +36,14 @@ class Answer(NamedTuple):
     error: str
 
 
+def require_kernel() -> None:
+    """Fail, where a test would otherwise be silently without what it tests."""
+    assert compiled._kernel is not None, f"no kernel: {compiled.description()}; python setup.py build_ext --inplace"
+
+
 def take_instructions(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Solve by another copy of the kernel until the test ends: it chooses its instructions as it is loaded."""
-    assert compiled._kernel is not None, f"no kernel: {compiled.description()}; python setup.py build_ext --inplace"
+    require_kernel()
     full, file = compiled._kernel.__name__, Path(compiled._kernel.__file__)
     monkeypatch.setitem(sys.modules, full, compiled._kernel)  # put back afterwards, as loading replaces it
     monkeypatch.setenv("IMPLICIT_LAYERS_KERNEL", name)

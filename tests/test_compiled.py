@@ -40,6 +40,7 @@ from tests.compiled_problems import (
     draw,
     layout,
     relative,
+    require_kernel,
     spoil,
     take_instructions,
 )
@@ -55,7 +56,7 @@ needs_kernel = pytest.mark.usefixtures("kernel")
 @pytest.fixture
 def kernel() -> None:
     """The kernel must be there wherever these tests run: building it is part of the installation."""
-    assert compiled._kernel is not None, f"no kernel: {compiled.description()}; python setup.py build_ext --inplace"
+    require_kernel()
 
 
 @pytest.fixture

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 import implicit_layers as il
-from implicit_layers.solvers import compiled
-from tests.compiled_problems import draw, take_instructions
+from tests.compiled_problems import draw, require_kernel, take_instructions
 
 NUMBERS = [*range(1, 19), 24, 33]  # of unknowns: every remainder of a register, and of two
 
 
 def answers(data: dict[str, Tensor]) -> list[Tensor]:
     """Point, multipliers and gradients, all by the kernel."""
-    assert compiled._kernel is not None, f"no kernel: {compiled.description()}; python setup.py build_ext --inplace"
+    require_kernel()
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in data.items()}
     rows = {name: leaf for name, leaf in leaves.items() if name not in ("Q", "p")}
     solution = il.solve_qp(leaves["Q"], leaves["p"], **rows, solver=il.InteriorPoint(backend="compiled"))

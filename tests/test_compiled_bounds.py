@@ -31,6 +31,7 @@ from tests.compiled_problems import (
     disagreement,
     layout,
     relative,
+    require_kernel,
     spoil,
     take_instructions,
 )
@@ -45,7 +46,7 @@ COMPILED = il.InteriorPoint()
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> list[compiled.Settled | None]:
     """What the kernel made of each batch, and None for each of its backward passes."""
-    assert compiled._kernel is not None, f"no kernel: {compiled.description()}; python setup.py build_ext --inplace"
+    require_kernel()
     seen: list[compiled.Settled | None] = []
     solve, adjoint = compiled.solve, compiled.adjoint
 

@@ -9,19 +9,21 @@ from torch import Tensor
 import implicit_layers as il
 from benchmarks import problems
 from implicit_layers.solution import Status
-from implicit_layers.solvers import compiled
-from tests.compiled_problems import both, disagreement, draw
+from tests.compiled_problems import both, disagreement, draw, require_kernel
 
 ROUNDS = 6  # the most corrections of a guess, see csrc/measures.h
 KERNEL = il.InteriorPoint(backend="compiled")
-needs_kernel = pytest.mark.skipif(compiled._kernel is None, reason="built without a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def kernel() -> None:
+    require_kernel()
 
 
 def rows_of(problem: problems.QP) -> dict[str, Tensor]:
     return {name: getattr(problem, name) for name in ("Q", "p", "A", "b", "G", "h")}
 
 
-@needs_kernel
 @pytest.mark.parametrize("size", [(1, 1, 0), (3, 2, 1), (10, 10, 0), (20, 20, 5), (30, 45, 0), (50, 50, 10)], ids=str)
 def test_ordinary_programs_take_few_rounds(size: tuple[int, int, int]) -> None:
     one, two = both(rows_of(problems.dense(*size, 37, seed=1)))
@@ -31,7 +33,6 @@ def test_ordinary_programs_take_few_rounds(size: tuple[int, int, int]) -> None:
     assert rounds.mean() < 4 and (rounds <= ROUNDS).double().mean() > 0.9, rounds
 
 
-@needs_kernel
 @pytest.mark.parametrize("batch", [1, 2, 7, 64])
 def test_the_nearest_point_of_a_box_is_found_at_once(batch: int) -> None:
     """With Q diagonal one sweep is exact: the unknowns do not feel each other."""
@@ -44,7 +45,6 @@ def test_the_nearest_point_of_a_box_is_found_at_once(batch: int) -> None:
     assert torch.equal(solution.info.iterations, outside.long())
 
 
-@needs_kernel
 def test_bounds_alone_take_few_rounds() -> None:
     data = draw(30, 0, 0, (21,), 4, condition=10.0)
     half = torch.full((21, 30), 0.05, dtype=torch.float64)
@@ -55,7 +55,6 @@ def test_bounds_alone_take_few_rounds() -> None:
     assert ((two.solution.lam_lb > 0) | (two.solution.lam_ub > 0)).double().mean() > 0.3, "the bounds matter"
 
 
-@needs_kernel
 def test_where_the_guess_fails_the_central_path_is_taken() -> None:
     """Side by side with programs whose guess is right, and alone."""
     hard = rows_of(problems.ill_conditioned(20, 20, 5, 12, seed=3))
@@ -73,7 +72,6 @@ def test_where_the_guess_fails_the_central_path_is_taken() -> None:
         torch.testing.assert_close(alone.z, two.solution.z[i], rtol=1e-8, atol=1e-8)
 
 
-@needs_kernel
 @pytest.mark.parametrize("most", [1, 2])
 def test_no_more_rounds_than_iterations_are_allowed(most: int) -> None:
     data = rows_of(problems.dense(20, 20, 5, 40, seed=2))

@@ -10,7 +10,20 @@ import implicit_layers as il
 from implicit_layers.kkt import quadratic
 from implicit_layers.solvers import compiled
 from implicit_layers.testing import random_qp
-from tests.compiled_problems import BACKENDS, HARD, NAMES, POINT, Data, answer, both, call, disagreement, draw, spoil
+from tests.compiled_problems import (
+    BACKENDS,
+    HARD,
+    NAMES,
+    POINT,
+    Data,
+    answer,
+    both,
+    call,
+    disagreement,
+    draw,
+    require_kernel,
+    spoil,
+)
 from tests.differences import both_orders
 from tests.steep_vertices import steep
 
@@ -20,7 +33,7 @@ SIZES = [(1, 2, 0), (1, 9, 0), (2, 5, 1), (3, 24, 2), (10, 40, 10), (20, 100, 0)
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> list[compiled.Settled]:
     """What the kernel made of each batch."""
-    assert compiled._kernel is not None, f"no kernel: {compiled.description()}; python setup.py build_ext --inplace"
+    require_kernel()
     seen: list[compiled.Settled] = []
     solve = compiled.solve
 

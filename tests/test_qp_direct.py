@@ -19,14 +19,14 @@ import implicit_layers as il
 from implicit_layers.qp import arguments
 from implicit_layers.solvers import compiled
 from implicit_layers.testing import random_qp
-from tests.compiled_problems import NAMES
+from tests.compiled_problems import NAMES, require_kernel
 
 Data = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
 def kernel() -> None:
-    assert compiled._kernel is not None, f"no kernel: {compiled.description()}; python setup.py build_ext --inplace"
+    require_kernel()
 
 
 class Operations(TorchDispatchMode):

@@ -221,7 +221,7 @@ class Answers:
     def _room(self) -> Tensor:
         """Make room for the factors, identities at first."""
         batch, n_ineq = self.y.shape[0], self.y.shape[1] - self.chol_eq.shape[-1]
-        return torch.eye(n_ineq, dtype=self.y.dtype, device=self.y.device).repeat(batch, 1, 1)
+        return _identities(batch, n_ineq, self.y)
 
     def settle(
         self,
@@ -347,18 +347,25 @@ class Answers:
             chol = quadratic.spread_out(chol, active[:, n_eq:])
             if kept.shape[0]:
                 kept = quadratic.spread_out(kept, self.active[:, n_eq:])
-        size, given = max(chol.shape[-1], kept.shape[-1]), chol.shape[-1]
-        if kept.shape[0] != batch or kept.shape[-1] < size:
-            wider = torch.eye(size, dtype=chol.dtype, device=chol.device).repeat(batch, 1, 1)
-            if kept.shape[0]:
-                wider[:, : kept.shape[-1], : kept.shape[-1]] = kept
-            kept = wider
-        if given < size:
-            padded = torch.eye(size, dtype=chol.dtype, device=chol.device).repeat(chol.shape[0], 1, 1)
-            padded[:, :given, :given] = chol
-            chol = padded
-        kept[index] = chol
+        size = max(chol.shape[-1], kept.shape[-1])
+        kept = _widened(kept, size) if kept.shape[0] else _identities(batch, size, chol)
+        kept[index] = _widened(chol, size)
         self.chol_ineq = kept
+
+
+def _identities(count: int, size: int, like: Tensor) -> Tensor:  # (count, size, size)
+    """Make factors of nothing that is active."""
+    return torch.eye(size, dtype=like.dtype, device=like.device).repeat(count, 1, 1)
+
+
+def _widened(chol: Tensor, size: int) -> Tensor:  # (k, r, r) -> (k, size, size)
+    """Give factors more rows, of the identity."""
+    r = chol.shape[-1]
+    if r == size:
+        return chol
+    wider = _identities(chol.shape[0], size, chol)
+    wider[:, :r, :r] = chol
+    return wider
 
 
 def _contradict(program: Program, y: Tensor) -> Tensor:  # -> (k,) bool

@@ -272,15 +272,16 @@ def solve(
     every = (*data, *bounds)
     threads, most = torch.get_num_threads(), min(max_iter, 2**31)
     start = None if start is None else start.contiguous()
-    found = None
-    if known is not None:
+
+    def solved(known: Structure, tensors: Sequence[Tensor | None]) -> Any:  # None where a tensor has gaps
         rooms = known.rooms if zeros else known.rooms[: known.fixed]
-        found = _kernel.solve(known.head, threads, tol, most, start, every, rooms)
+        return _kernel.solve(known.head, threads, tol, most, start, tensors, rooms)
+
+    found = None if known is None else solved(known, every)
     if known is None or found is None:
         kept = [(None, 0) if t is None else _flat(t, k, batch) for t, k in zip(every, _EVENT_NDIM, strict=True)]
         known = structure(batch, every, [step for _, step in kept])
-        rooms = known.rooms if zeros else known.rooms[: known.fixed]
-        found = _kernel.solve(known.head, threads, tol, most, start, tuple(tensor for tensor, _ in kept), rooms)
+        found = solved(known, tuple(tensor for tensor, _ in kept))
     number, (z, nu, lam, s, value, residual, condition, memory, iterations, weak, done, *others) = found
     bound, pull_lb, pull_ub = others[:3] if known.bounded else (None, None, None)
     packed, nothing = Packed(memory, known), others[3:] if known.bounded else others
